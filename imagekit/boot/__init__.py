@@ -1,0 +1,1 @@
+"""Where the guest is started: the QEMU rehearsal, later the Hyper-V stage."""
