@@ -112,9 +112,7 @@ class UnsafeImage(ImagekitError):
         return (_rebuild_unsafe, (self.message, self.rule, self.hint, self.path, self.offset))
 
 
-def _rebuild_unsafe(
-    message: str, rule: str, hint: str | None, path: str | None, offset: int | None
-) -> UnsafeImage:
+def _rebuild_unsafe(message: str, rule: str, hint: str | None, path: str | None, offset: int | None) -> UnsafeImage:
     return UnsafeImage(message, rule=rule, hint=hint, path=path, offset=offset)
 
 

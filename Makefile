@@ -1,0 +1,70 @@
+# Every target does its own set-up from a bare clone: the environment in .venv and, as root on Debian/Ubuntu, the
+# outside tools. IMAGEKIT_NO_APT=1 leaves the system alone. `make help` lists the targets.
+
+VENV   ?= .venv
+PYTHON ?=
+MARKS  ?= not slow
+
+bin    := $(VENV)/bin
+# `make test-all` replaces it by "coverage run".
+python := $(bin)/python
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-slow test-all lint bench lock clean
+.PHONY: venv tools-demo tools-test tools-all erase-coverage ruff mypy mypy-win32 imports
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo
+	@echo "Set-up is part of each. PYTHON=python3.13 VENV=.venv-3.13 picks another interpreter; IMAGEKIT_NO_APT=1 leaves the system alone."
+
+demo: venv tools-demo ## the tour: convert, config drive, boot, on input it makes itself
+	@$(bin)/imagekit demo
+
+test: venv tools-test ## the tests, without the slow ones
+	$(python) -m pytest -ra -m "$(MARKS)"
+
+test-slow: venv tools-all ## the slow tests only: real guests, large images
+	$(python) -m pytest -ra -m slow
+
+test-all: python = $(bin)/coverage run
+test-all: erase-coverage test test-slow ## all tests, with coverage
+	$(bin)/coverage combine --quiet
+	$(bin)/coverage report
+
+erase-coverage: venv
+	@$(bin)/coverage erase
+
+lint: ruff mypy mypy-win32 imports ## ruff, mypy for Linux and Windows, import-linter
+
+ruff: venv
+	$(bin)/ruff check --output-format concise .
+	$(bin)/ruff format --check .
+
+mypy: venv
+	$(bin)/mypy --platform linux
+
+mypy-win32: venv
+	$(bin)/mypy --platform win32 --cache-dir .mypy_cache/win32
+
+imports: venv
+	$(bin)/lint-imports --no-logo
+
+bench: venv tools-test ## the benchmarks, against qemu-img
+	$(bin)/python -m tests.benchmarks
+
+venv:
+	@scripts/venv.sh "$(VENV)" "$(PYTHON)"
+
+tools-demo tools-test tools-all: tools-%:
+	@scripts/tools.sh $*
+
+lock: ## renew the pins in requirements/ from pyproject.toml
+	python3 -m venv --clear build/lock
+	build/lock/bin/python -m pip install -qq uv
+	build/lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
+		--custom-compile-command "make lock" -o requirements/dev.txt pyproject.toml requirements/dev.in
+
+clean: ## remove what the targets made, except .venv
+	rm -rf build dist .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,172 @@
+"""The qcow2 header and its extensions, as they lie in the first cluster (QEMU's docs/interop/qcow2.txt, "Header")."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
+from imagekit.formats.base import MiB
+
+MAGIC = b"QFI\xfb"
+V2_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")  # bytes 0..71, the whole header of version 2
+V3_HEADER = struct.Struct(">QQQII")  # bytes 72..103
+MAX_L1_BYTES = 32 * MiB  # QEMU's own limit (QCOW_MAX_L1_SIZE)
+MAX_BACKING_NAME = 1023
+MAX_EXTENSIONS = 64
+
+DIRTY, CORRUPT, DATA_FILE, COMPRESSION_TYPE, EXTENDED_L2 = (1 << bit for bit in range(5))
+KNOWN_INCOMPATIBLE = DIRTY | CORRUPT | DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2
+
+EXT_END = 0
+EXT_BACKING_FORMAT = 0xE2792ACA
+EXT_DATA_FILE = 0x44415441
+EXT_BITMAPS = 0x23852875
+
+
+@dataclass(frozen=True, slots=True)
+class Qcow2Header:
+    """The fixed header; ``pack`` writes the form of its version."""
+
+    version: int
+    backing_offset: int
+    backing_length: int
+    cluster_bits: int
+    size: int
+    crypt_method: int
+    l1_size: int
+    l1_offset: int
+    refcount_offset: int
+    refcount_clusters: int
+    snapshot_count: int
+    snapshots_offset: int
+    incompatible: int = 0
+    compatible: int = 0
+    autoclear: int = 0
+    refcount_order: int = 4
+    header_length: int = V2_HEADER.size
+    compression_type: int = 0
+
+    @classmethod
+    def parse(cls, data: bytes) -> Qcow2Header:
+        """From the first bytes of the file (at least 105 where it has them)."""
+        if len(data) < V2_HEADER.size or data[:4] != MAGIC:
+            raise InvalidImage(f"no qcow2 header: {len(data)} bytes, starting {data[:4]!r}", offset=0)
+        fields: tuple[int, ...] = V2_HEADER.unpack_from(data)[1:]
+        if fields[0] == 2:
+            return cls(*fields)
+        if len(data) < V2_HEADER.size + V3_HEADER.size:
+            raise InvalidImage(f"the version 3 header is cut short at {len(data)} bytes", offset=0)
+        more: tuple[int, ...] = V3_HEADER.unpack_from(data, V2_HEADER.size)
+        kind = data[104] if more[-1] > 104 and len(data) > 104 else 0
+        return cls(*(*fields, *more, kind))
+
+    def pack(self) -> bytes:
+        fixed = V2_HEADER.pack(
+            MAGIC,
+            self.version,
+            self.backing_offset,
+            self.backing_length,
+            self.cluster_bits,
+            self.size,
+            self.crypt_method,
+            self.l1_size,
+            self.l1_offset,
+            self.refcount_offset,
+            self.refcount_clusters,
+            self.snapshot_count,
+            self.snapshots_offset,
+        )
+        if self.version == 2:
+            return fixed
+        more = V3_HEADER.pack(
+            self.incompatible, self.compatible, self.autoclear, self.refcount_order, self.header_length
+        )
+        return (fixed + more + bytes([self.compression_type])).ljust(self.header_length, b"\0")[: self.header_length]
+
+    @property
+    def cluster_size(self) -> int:
+        return 1 << self.cluster_bits
+
+    @property
+    def extended_l2(self) -> bool:
+        return bool(self.incompatible & EXTENDED_L2)
+
+    @property
+    def l2_entry_size(self) -> int:
+        return 16 if self.extended_l2 else 8
+
+    @property
+    def l2_entries(self) -> int:
+        return self.cluster_size // self.l2_entry_size
+
+    def validate(self, file_size: int) -> None:
+        """Bound every number before it is used; InvalidImage or UnsupportedFeature."""
+        if self.version not in (2, 3):
+            raise UnsupportedFeature(
+                f"qcow version {self.version} (2 and 3 are read)",
+                hint="convert it with qemu-img convert first" if self.version == 1 else None,
+                offset=4,
+            )
+        if not 9 <= self.cluster_bits <= 21:
+            raise InvalidImage(f"cluster_bits {self.cluster_bits}, expected 9..21", offset=20)
+        if self.extended_l2 and self.cluster_bits < 14:
+            raise InvalidImage(f"extended L2 entries with cluster_bits {self.cluster_bits} < 14", offset=20)
+        if self.size >= 1 << 63:
+            raise InvalidImage(f"virtual size {self.size} is not below 2^63", offset=24)
+        if self.version == 3:
+            if self.header_length < 104 or self.header_length % 8 or self.header_length > self.cluster_size:
+                raise InvalidImage(f"header length {self.header_length}", offset=100)
+            if bool(self.incompatible & COMPRESSION_TYPE) != (self.compression_type != 0):
+                raise InvalidImage(f"compression type {self.compression_type} against its feature bit", offset=104)
+            if self.refcount_order > 6:
+                raise InvalidImage(f"refcount order {self.refcount_order}, expected 0..6", offset=96)
+        self._validate_l1(file_size)
+
+    def _validate_l1(self, file_size: int) -> None:
+        needed = -(-self.size // (self.cluster_size * self.l2_entries))
+        if self.l1_size < needed:
+            raise InvalidImage(f"the L1 table has {self.l1_size} entries, the virtual size needs {needed}", offset=36)
+        if self.l1_size * 8 > MAX_L1_BYTES:
+            raise InvalidImage(f"the L1 table has {self.l1_size} entries, more than 32 MiB", offset=36)
+        if self.l1_size and (self.l1_offset % self.cluster_size or self.l1_offset == 0):
+            raise InvalidImage(f"the L1 table lies at {self.l1_offset:#x}, not on a cluster", offset=40)
+        if self.l1_offset + self.l1_size * 8 > file_size:
+            raise CorruptImage(
+                f"the L1 table ends at {self.l1_offset + self.l1_size * 8:#x}, behind the file's end {file_size:#x}",
+                hint="the file looks truncated; fetch it again and compare its checksum",
+                offset=40,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Extensions:
+    """The header extensions that matter to a reader."""
+
+    backing_format: str | None = None
+    data_file: str | None = None
+    bitmaps: int = 0
+
+    @classmethod
+    def parse(cls, data: bytes, start: int) -> Extensions:
+        """``data`` is the header cluster, ``start`` where the extensions begin."""
+        backing_format = data_file = None
+        bitmaps = 0
+        at = start
+        for _ in range(MAX_EXTENSIONS):
+            if at + 8 > len(data):
+                break
+            kind, length = struct.unpack_from(">II", data, at)
+            if kind == EXT_END:
+                break
+            body = data[at + 8 : at + 8 + length]
+            if len(body) != length:
+                raise InvalidImage(f"header extension {kind:#010x} of {length} bytes leaves its cluster", offset=at)
+            if kind == EXT_BACKING_FORMAT:
+                backing_format = body.decode("utf-8", "replace")
+            elif kind == EXT_DATA_FILE:
+                data_file = body.decode("utf-8", "replace")
+            elif kind == EXT_BITMAPS and length >= 4:
+                bitmaps = int.from_bytes(body[:4], "big")
+            at += 8 + length + -length % 8
+        return cls(backing_format, data_file, bitmaps)

@@ -1,0 +1,113 @@
+"""Finding formats: by name, by suffix, and by looking into a file.
+
+A format is a module of this package with a ``FORMAT`` object, or an entry point of the group ``imagekit.formats``.
+Nothing is registered by hand: adding a format is adding a file.
+
+Detection asks every format, about both ends of the file, and never trusts a name. Two answers are an answer too:
+they are returned, and the policy refuses them. A file that starts like a format imagekit knows by name only is
+not raw either.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from functools import cache
+from pathlib import PurePath
+
+import imagekit.formats
+from imagekit.errors import UnknownFormat, UnsupportedFeature
+from imagekit.formats.base import DiskFormat, File
+
+ENTRY_POINTS = "imagekit.formats"
+
+NAMED_ONLY: tuple[tuple[str, int, bytes], ...] = (
+    ("vhdx", 0, b"vhdxfile"),
+    ("vmdk", 0, b"KDMV"),
+    ("vmdk", 0, b"COWD"),
+    ("vmdk", 0, b"\xbe\xba\xfe\xca\x00\x00\x00\x00"),
+    ("vmdk", 0, b"# Disk DescriptorFile"),
+    ("vdi", 64, b"\x7f\x10\xda\xbe"),
+    ("qed", 0, b"QED\0"),
+    ("parallels", 0, b"WithoutFreeSpace"),
+    ("parallels", 0, b"WithouFreSpacExt"),
+    ("luks", 0, b"LUKS\xba\xbe"),
+)
+"""(name, offset, magic) of formats that are recognised so that they are never taken for raw."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One format's answer to "is it yours?"."""
+
+    format: str
+    found: str
+
+
+@cache
+def formats() -> dict[str, DiskFormat]:
+    """All formats by name, in alphabetical order."""
+    found: dict[str, DiskFormat] = {}
+    for module in pkgutil.iter_modules(imagekit.formats.__path__):
+        candidate = getattr(importlib.import_module(f"imagekit.formats.{module.name}"), "FORMAT", None)
+        if candidate is not None:
+            found[candidate.name] = candidate
+    for name, candidate in _third_party():
+        found.setdefault(name, candidate)
+    return dict(sorted(found.items()))
+
+
+def _third_party() -> list[tuple[str, DiskFormat]]:
+    from importlib.metadata import entry_points
+
+    return [(point.name, point.load()) for point in entry_points(group=ENTRY_POINTS)]
+
+
+def find(name: str) -> DiskFormat:
+    """The format of that name or alias; UnsupportedFeature when there is none."""
+    for candidate in formats().values():
+        if name.lower() in (candidate.name, *candidate.aliases):
+            return candidate
+    raise UnsupportedFeature(
+        f"imagekit does not read or write the format {name!r}", hint=f"known formats: {', '.join(formats())}"
+    )
+
+
+def by_suffix(path: str) -> DiskFormat | None:
+    """The format whose usual suffix the name has."""
+    suffix = PurePath(path).suffix.lower()
+    for candidate in formats().values():
+        if suffix in candidate.suffixes:
+            return candidate
+    return None
+
+
+def probe(file: File) -> list[Claim]:
+    """Every format that claims the file; empty when none does."""
+    claims = [
+        Claim(name, found) for name, candidate in formats().items() if (found := candidate.probe(file)) is not None
+    ]
+    head = file.pread(0, 72)
+    for name, offset, magic in NAMED_ONLY:
+        if name not in formats() and head[offset : offset + len(magic)] == magic:
+            claims.append(Claim(name, f"{name} magic at {offset:#x}"))
+    return claims
+
+
+def choose(file: File, claims: list[Claim], declared: str | None = None) -> DiskFormat:
+    """The format to open with, once the policy has accepted the claims. Never probes."""
+    if file.size == 0:
+        raise UnknownFormat("the file is empty", hint="an image has at least one sector", path=file.name)
+    if declared is not None:
+        return find(declared)
+    if not claims:
+        return formats()["raw"]
+    name = claims[0].format
+    if name not in formats():
+        raise UnsupportedFeature(
+            f"this is a {name} image ({claims[0].found}), which imagekit does not read",
+            hint=f"formats read: {', '.join(formats())}; -f raw takes the bytes as they are",
+            path=file.name,
+        )
+    return formats()[name]

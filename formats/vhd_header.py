@@ -1,0 +1,248 @@
+"""The structures of a VHD: footer, dynamic header, geometry (specification 1.0, "Hard Disk Footer Format" and on)."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from imagekit.errors import CorruptImage, InvalidImage
+from imagekit.formats.base import SECTOR, GiB, KiB, MiB, round_up
+
+FOOTER_COOKIE = b"conectix"
+HEADER_COOKIE = b"cxsparse"
+NO_OFFSET = 0xFFFFFFFFFFFFFFFF
+NOT_ALLOCATED = 0xFFFFFFFF
+VHD_EPOCH = 946684800
+"""2000-01-01T00:00Z in Unix time; earlier times clamp to it."""
+FIXED, DYNAMIC, DIFFERENCING = 2, 3, 4
+SUBFORMATS = {FIXED: "fixed", DYNAMIC: "dynamic", DIFFERENCING: "differencing"}
+MAX_SIZE = 2040 * GiB
+DEFAULT_BLOCK = 2 * MiB
+MAX_BLOCK = 256 * MiB
+HEADER_OFFSET = 512
+BAT_OFFSET = 1536
+PAGE = 4 * KiB
+MAX_GEOMETRY = (65535, 16, 255)
+CHS_CREATORS = (b"vpc ", b"qemu")
+
+_FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII16sB427s")
+_HEADER = struct.Struct(">8sQQIIII16sII512s192s256s")
+_LOCATOR = struct.Struct(">4sIIIQ")
+
+
+def checksum(data: bytes) -> int:
+    """One's complement of the sum of all bytes, the checksum field taken as zero."""
+    return ~sum(data) & 0xFFFFFFFF
+
+
+def geometry(size: int) -> tuple[int, int, int]:
+    """Cylinders, heads, sectors per track for a size in bytes (specification, appendix "CHS calculation")."""
+    total = min(size // SECTOR, 65535 * 16 * 255)
+    if total >= 65535 * 16 * 63:
+        per_track, heads = 255, 16
+        tracks = total // per_track
+    else:
+        per_track = 17
+        tracks = total // per_track
+        heads = max(4, (tracks + 1023) // 1024)
+        if tracks >= heads * 1024 or heads > 16:
+            per_track, heads = 31, 16
+            tracks = total // per_track
+        if tracks >= heads * 1024:
+            per_track, heads = 63, 16
+            tracks = total // per_track
+    return tracks // heads, heads, per_track
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """The 512-byte footer. ``pack`` computes the checksum."""
+
+    current_size: int
+    disk_type: int
+    unique_id: bytes
+    data_offset: int = NO_OFFSET
+    timestamp: int = 0
+    creator_app: bytes = b"win "
+    creator_version: int = 0x000A0000
+    creator_os: bytes = b"Wi2k"
+    original_size: int = 0
+    cylinders: int = 0
+    heads: int = 0
+    sectors: int = 0
+    features: int = 2
+    version: int = 0x00010000
+    saved_state: int = 0
+    reserved: bytes = bytes(427)
+
+    @classmethod
+    def parse(cls, data: bytes, *, offset: int = 0) -> Footer:
+        """From 512 bytes, or the 511 of files older than 2004. CorruptImage when the checksum is wrong."""
+        data = data.ljust(SECTOR, b"\0")
+        if data[:8] != FOOTER_COOKIE:
+            raise InvalidImage(f"no VHD footer: cookie {data[:8]!r}, expected {FOOTER_COOKIE!r}", offset=offset)
+        fields = _FOOTER.unpack(data)
+        found, expected = fields[14], checksum(data[:64] + bytes(4) + data[68:])
+        if found != expected:
+            raise CorruptImage(
+                f"the VHD footer's checksum is {found:#010x}, expected {expected:#010x}", offset=offset + 64
+            )
+        return cls(
+            features=fields[1],
+            version=fields[2],
+            data_offset=fields[3],
+            timestamp=fields[4],
+            creator_app=fields[5],
+            creator_version=fields[6],
+            creator_os=fields[7],
+            original_size=fields[8],
+            current_size=fields[9],
+            cylinders=fields[10],
+            heads=fields[11],
+            sectors=fields[12],
+            disk_type=fields[13],
+            unique_id=fields[15],
+            saved_state=fields[16],
+            reserved=fields[17],
+        )
+
+    def pack(self) -> bytes:
+        data = _FOOTER.pack(
+            FOOTER_COOKIE,
+            self.features,
+            self.version,
+            self.data_offset,
+            self.timestamp,
+            self.creator_app,
+            self.creator_version,
+            self.creator_os,
+            self.original_size,
+            self.current_size,
+            self.cylinders,
+            self.heads,
+            self.sectors,
+            self.disk_type,
+            0,
+            self.unique_id,
+            self.saved_state,
+            self.reserved,
+        )
+        return data[:64] + checksum(data).to_bytes(4, "big") + data[68:]
+
+    @property
+    def chs_size(self) -> int:
+        return self.cylinders * self.heads * self.sectors * SECTOR
+
+    @property
+    def virtual_size(self) -> int:
+        """Bytes the guest sees."""
+        if self.creator_app in CHS_CREATORS and (self.cylinders, self.heads, self.sectors) != MAX_GEOMETRY:
+            return self.chs_size or self.current_size
+        return self.current_size
+
+    @property
+    def content_fields(self) -> tuple[object, ...]:
+        """What decides the content: two copies that differ here are two different disks."""
+        return self.disk_type, self.virtual_size, self.current_size, self.data_offset, self.unique_id
+
+
+@dataclass(frozen=True, slots=True)
+class Locator:
+    """Where one form of a parent's name lies in the file."""
+
+    code: bytes
+    space: int
+    length: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicHeader:
+    """The 1024-byte header of dynamic and differencing disks. ``pack`` computes the checksum."""
+
+    bat_offset: int
+    max_entries: int
+    block_size: int
+    next_offset: int = NO_OFFSET
+    version: int = 0x00010000
+    parent_id: bytes = bytes(16)
+    parent_timestamp: int = 0
+    reserved: int = 0
+    parent_name: bytes = bytes(512)
+    locators: tuple[Locator, ...] = (Locator(bytes(4), 0, 0, 0),) * 8
+    tail: bytes = bytes(256)
+
+    @classmethod
+    def parse(cls, data: bytes, *, offset: int = 0) -> DynamicHeader:
+        """From 1024 bytes. CorruptImage when the checksum is wrong."""
+        if data[:8] != HEADER_COOKIE:
+            raise InvalidImage(
+                f"no VHD dynamic header: cookie {data[:8]!r}, expected {HEADER_COOKIE!r}", offset=offset
+            )
+        fields = _HEADER.unpack(data)
+        found, expected = fields[6], checksum(data[:36] + bytes(4) + data[40:])
+        if found != expected:
+            raise CorruptImage(
+                f"the VHD dynamic header's checksum is {found:#010x}, expected {expected:#010x}",
+                offset=offset + 36,
+            )
+        locators = tuple(
+            Locator(code, space, length, where) for code, space, length, _, where in _LOCATOR.iter_unpack(fields[11])
+        )
+        return cls(
+            next_offset=fields[1],
+            bat_offset=fields[2],
+            version=fields[3],
+            max_entries=fields[4],
+            block_size=fields[5],
+            parent_id=fields[7],
+            parent_timestamp=fields[8],
+            reserved=fields[9],
+            parent_name=fields[10],
+            locators=locators,
+            tail=fields[12],
+        )
+
+    def pack(self) -> bytes:
+        data = _HEADER.pack(
+            HEADER_COOKIE,
+            self.next_offset,
+            self.bat_offset,
+            self.version,
+            self.max_entries,
+            self.block_size,
+            0,
+            self.parent_id,
+            self.parent_timestamp,
+            self.reserved,
+            self.parent_name,
+            b"".join(_LOCATOR.pack(one.code, one.space, one.length, 0, one.offset) for one in self.locators),
+            self.tail,
+        )
+        return data[:36] + checksum(data).to_bytes(4, "big") + data[40:]
+
+    @property
+    def bitmap_size(self) -> int:
+        """Bytes of a block's sector bitmap: a bit a sector, whole sectors."""
+        return bitmap_size(self.block_size)
+
+    def validate(self, footer: Footer, file_size: int) -> None:
+        """Bound every number before it is used; InvalidImage or CorruptImage."""
+        if self.block_size & (self.block_size - 1) or not SECTOR <= self.block_size <= MAX_BLOCK:
+            raise InvalidImage(f"block size {self.block_size}, expected a power of two up to 256 MiB")
+        needed = -(-footer.virtual_size // self.block_size)
+        if self.max_entries < needed:
+            raise InvalidImage(f"the BAT has {self.max_entries} entries, the virtual size needs {needed}")
+        if self.bat_offset % SECTOR or self.bat_offset < SECTOR:
+            raise InvalidImage(f"the BAT lies at {self.bat_offset:#x}, not on a sector")
+        if self.bat_offset + self.max_entries * 4 > file_size:
+            raise CorruptImage(
+                f"the BAT of {self.max_entries} entries at {self.bat_offset:#x} ends behind the file's end "
+                f"{file_size:#x}",
+                hint="the file looks truncated; fetch it again and compare its checksum",
+            )
+
+
+def bitmap_size(block_size: int) -> int:
+    """Bytes of the sector bitmap of a block."""
+    return round_up(max(1, block_size // SECTOR // 8), SECTOR)

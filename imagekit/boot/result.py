@@ -1,0 +1,88 @@
+"""What a boot says at its end: the verdict, how far the machine came, and the evidence for both.
+
+The words are the contract of ``imagekit boot --output json``; fields are only ever added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+Stage = Literal[
+    "started",
+    "firmware",
+    "bootloader",
+    "kernel",
+    "init",
+    "cloud-init",
+    "datasource",
+    "login",
+    "finished",
+    "marker",
+]
+"""How far the machine came; ``finished`` is cloud-init's own last word, ``marker`` the line waited for."""
+
+STAGES: tuple[Stage, ...] = (
+    "started",
+    "firmware",
+    "bootloader",
+    "kernel",
+    "init",
+    "cloud-init",
+    "datasource",
+    "login",
+    "finished",
+    "marker",
+)
+"""The stages in the order in which a boot passes them."""
+
+Verdict = Literal["booted", "no-boot", "timeout", "unknown"]
+Source = Literal["console", "screen", "qemu", "imagekit"]
+"""Who said it: the serial port and the firmware's debug port, the text on the display, QEMU, or we."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One thing that was seen: ``line`` as printed, with control characters escaped.
+
+    ``second`` counts from the start of the rehearsal, ``failure`` marks a line after which no boot succeeds.
+    """
+
+    second: float
+    stage: Stage
+    source: Source
+    line: str
+    failure: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BootResult:
+    """The outcome of a boot; ``console`` and ``screenshot`` are files, or None when there is nothing."""
+
+    backend: Literal["qemu"]
+    verdict: Verdict
+    stage: Stage
+    evidence: tuple[Evidence, ...]
+    console: Path | None
+    screenshot: Path | None
+    seconds: float
+    accelerator: Literal["kvm", "tcg"]
+
+    def accepted(self, *, accept_unknown: bool) -> bool:
+        """Whether the caller may go on; ``accept_unknown`` also takes a guest that says nothing readable."""
+        return self.verdict == "booted" or (accept_unknown and self.verdict == "unknown")
+
+    def to_json(self) -> dict[str, object]:
+        """The document of ``imagekit boot --output json``."""
+        return {
+            "schema": 1,
+            "backend": self.backend,
+            "verdict": self.verdict,
+            "stage": self.stage,
+            "evidence": [asdict(item) for item in self.evidence],
+            "console": None if self.console is None else str(self.console),
+            "screenshot": None if self.screenshot is None else str(self.screenshot),
+            "seconds": round(self.seconds, 3),
+            "accelerator": self.accelerator,
+        }

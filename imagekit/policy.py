@@ -1,0 +1,174 @@
+"""The safety policy: a table of named rules, judged on facts that formats and sources report.
+
+Nothing here reads an image. A rule has a stable code, a one-line reason and a severity; some can be allowed by the
+caller with ``--allow CODE``. Every command asks here before it reads a guest's byte, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from imagekit.errors import UnsafeImage, UsageError
+from imagekit.formats.base import JSON, ImageInfo
+from imagekit.formats.registry import Claim, find
+
+
+class Severity(str, Enum):
+    REFUSE = "refuse"
+    WARN = "warn"
+    NOTE = "note"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    code: str
+    severity: Severity
+    reason: str
+    hint: str | None = None
+    allowable: bool = False
+
+
+RULES: dict[str, Rule] = {
+    rule.code: rule
+    for rule in (
+        Rule(
+            "backing-file",
+            Severity.REFUSE,
+            "an image must not decide which other file of this machine is read",
+            hint="make it one file first, where its origin is trusted: qemu-img convert",
+        ),
+        Rule(
+            "data-file",
+            Severity.REFUSE,
+            "an image must not decide which other file of this machine is read",
+            hint="make it one file first, where its origin is trusted: qemu-img convert",
+        ),
+        Rule(
+            "parent-file",
+            Severity.REFUSE,
+            "an image must not decide which other file of this machine is read",
+            hint="merge the differencing disk into its parent where it comes from",
+        ),
+        Rule(
+            "ambiguous",
+            Severity.REFUSE,
+            "a file that is two formats at once means something else to the next program",
+            hint="ask who made it; -f raw takes the bytes as they are",
+        ),
+        Rule(
+            "format-mismatch",
+            Severity.REFUSE,
+            "the content is not in the format it was declared to be",
+            hint="leave out -f to use the format found, or ask who made it",
+        ),
+        Rule(
+            "in-use",
+            Severity.REFUSE,
+            "another program may be writing to the image: what is read would be neither old nor new",
+            hint="stop the machine first, or copy a snapshot; -U reads all the same",
+            allowable=True,
+        ),
+        Rule(
+            "unknown-feature",
+            Severity.REFUSE,
+            "a feature that must be understood to read the image is not",
+            hint="a newer imagekit may know it",
+        ),
+        Rule(
+            "encrypted",
+            Severity.REFUSE,
+            "the data is encrypted",
+            hint="decrypt it first: qemu-img convert --object secret,id=s,file=PASSPHRASE "
+            "--image-opts driver=qcow2,encrypt.key-secret=s,file.filename=IMAGE -O raw OUT",
+        ),
+        Rule(
+            "corrupt-bit",
+            Severity.REFUSE,
+            "a program that wrote the image found it damaged",
+            hint="run imagekit check IMAGE, repair it with qemu-img check -r, or fetch it again",
+            allowable=True,
+        ),
+        Rule("footers-differ", Severity.REFUSE, "two programs would see two different disks"),
+        Rule("original-size-larger", Severity.REFUSE, "no program makes a VHD smaller: the sizes contradict"),
+        Rule("original-size-differs", Severity.NOTE, "the disk was resized; the current size counts"),
+        Rule("footers-differ-slightly", Severity.WARN, "the footer at the end counts"),
+        Rule("footer-missing", Severity.WARN, "the copy at the start of the file counts"),
+        Rule("footer-copy-missing", Severity.WARN, "the footer at the end of the file counts"),
+        Rule("dirty", Severity.WARN, "the last writer did not close the image; guest data is not affected"),
+        Rule("declared-raw", Severity.NOTE, "the bytes are taken as they are because the caller said raw"),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A rule that applies, with what was found."""
+
+    rule: str
+    message: str
+    severity: Severity
+    offset: int | None = None
+
+    def to_json(self) -> dict[str, JSON]:
+        return {"rule": self.rule, "message": self.message, "severity": self.severity.value}
+
+
+def _finding(code: str, message: str, offset: int | None = None) -> Finding:
+    return Finding(code, message, RULES[code].severity, offset)
+
+
+def judge_claims(claims: list[Claim], declared: str | None) -> Iterator[Finding]:
+    """What the formats' claims on a file mean, before any of them opens it."""
+    found = ", ".join(f"{claim.format} ({claim.found})" for claim in claims)
+    if declared is not None:
+        wanted = find(declared).name
+        if wanted == "raw":
+            if claims:
+                yield _finding("declared-raw", f"declared raw; the content looks like {found}")
+            return
+        if claims and wanted not in {claim.format for claim in claims}:
+            yield _finding("format-mismatch", f"declared {wanted}, found {found}")
+            return
+    if len(claims) > 1:
+        yield _finding("ambiguous", f"the file is claimed by more than one format: {found}")
+
+
+def judge_info(info: ImageInfo) -> Iterator[Finding]:
+    """What an opened image says about itself."""
+    for reference in info.references:
+        name = f" {reference.name!r}" if reference.name else ""
+        yield _finding(reference.kind, f"the image refers to another file:{name}")
+    for fact in info.facts:
+        yield _finding(fact.code, fact.message, fact.offset)
+
+
+def judge_use(*, held_for_writing: bool) -> Iterator[Finding]:
+    """Whether another program works on the file."""
+    if held_for_writing:
+        yield _finding("in-use", "QEMU has the image open for writing")
+
+
+def check_allowed(codes: Iterable[str]) -> frozenset[str]:
+    """The codes a caller allows; UsageError for one that does not exist or cannot be allowed."""
+    allowed = frozenset(codes)
+    known = sorted(code for code, rule in RULES.items() if rule.allowable)
+    for code in sorted(allowed - set(known)):
+        what = "cannot be allowed" if code in RULES else "is not a rule"
+        raise UsageError(f"{code!r} {what}", hint=f"rules that can be allowed: {', '.join(known)}")
+    return allowed
+
+
+def enforce(findings: Iterable[Finding], *, allow: frozenset[str] = frozenset(), path: str | None = None) -> None:
+    """Raise UnsafeImage for the first finding that refuses and is not allowed."""
+    for finding in findings:
+        if finding.severity is Severity.REFUSE and finding.rule not in allow:
+            rule = RULES[finding.rule]
+            raise UnsafeImage(
+                f"refused by rule {finding.rule}: {finding.message} — {rule.reason}",
+                rule=finding.rule,
+                hint=rule.hint,
+                path=path,
+                offset=finding.offset,
+            )

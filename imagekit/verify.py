@@ -1,0 +1,141 @@
+"""Does the target say what the source says?
+
+*structure* re-opens the target with our own reader: sizes, tables, and exactly the planned blocks. *content* compares
+every guest byte of two images, of whatever formats. Both read through the same readers a user would read with.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections.abc import Callable, Iterator
+
+from imagekit.errors import VerificationFailed
+from imagekit.formats import registry
+from imagekit.formats.base import DiskImage, File
+from imagekit.plan import CHUNK, ConversionPlan
+from imagekit.progress import SILENT, Control
+from imagekit.workers import run as run_workers
+from imagekit.workers import usable_cores
+
+ZEROS = bytes(CHUNK)
+
+
+def verify_structure(plan: ConversionPlan, target: File) -> None:
+    """Raise VerificationFailed when the target is not the disk that was planned."""
+    chosen = registry.find(plan.target_format)
+    image = chosen.open(target)
+    if target.size != plan.file_size:
+        raise _failed(target, f"the file has {target.size} bytes, {plan.file_size} were planned")
+    if image.virtual_size != plan.virtual_size:
+        raise _failed(target, f"the disk has {image.virtual_size} bytes, {plan.virtual_size} were planned")
+    info = image.info()
+    if info.facts or info.references:
+        raise _failed(target, f"the target has oddities: {info.facts or info.references}")
+    if info.block_size is None:
+        return  # every block has its place
+    problems = chosen.check(target)
+    if problems:
+        raise _failed(target, problems[0].message)
+    if tuple(present_blocks(image, plan.block_size)) != plan.blocks:
+        raise _failed(target, "the allocated blocks are not the planned ones")
+
+
+def present_blocks(image: DiskImage, block_size: int) -> Iterator[tuple[int, int]]:
+    """Runs (first, count) of the blocks an image has allocated, neighbours joined."""
+    start = end = 0
+    for extent in image.extents():
+        if not extent.present:
+            continue
+        first = extent.start // block_size
+        if first != end:
+            if end > start:
+                yield start, end - start
+            start = first
+        end = -(-extent.end // block_size)
+    if end > start:
+        yield start, end - start
+
+
+def _failed(target: File, message: str) -> VerificationFailed:
+    return VerificationFailed(
+        f"verification failed: {message}", path=target.name, hint="please report this; nothing was published"
+    )
+
+
+def verify_content(
+    source: DiskImage, target: DiskImage, *, jobs: int | None = None, control: Control = SILENT
+) -> None:
+    """Raise VerificationFailed when a guest byte differs; bytes behind the source's end must be zero."""
+    at = first_difference(source, target, jobs=jobs, control=control)
+    if at is not None:
+        raise VerificationFailed(
+            f"verification failed: the content differs at guest offset {at:#x}",
+            hint="run it again; if it happens twice, check memory and disk, then report it",
+        )
+
+
+def first_difference(
+    one: DiskImage, other: DiskImage, *, jobs: int | None = None, control: Control = SILENT
+) -> int | None:
+    """Guest offset of the first byte that differs, None when none does; the shorter disk ends in zeros."""
+    comparison = _Comparison()
+    total = max(one.virtual_size, other.virtual_size)
+    run_workers(
+        comparison.wanted(_pieces(one, other)),
+        lambda: _make_comparer(one, other, comparison),
+        jobs=jobs or usable_cores(),
+        control=control,
+        tick=lambda: control.tell("verify", comparison.position, total),
+    )
+    return comparison.found
+
+
+class _Comparison:
+    """The lowest difference found so far, and how far the pieces have been handed out."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.found: int | None = None
+        self.position = 0
+
+    def wanted(self, pieces: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        for start, length in pieces:
+            if self.found is not None and start > self.found:
+                return
+            self.position = start
+            yield start, length
+
+    def differs(self, at: int) -> None:
+        with self._lock:
+            self.found = at if self.found is None else min(self.found, at)
+
+
+def _pieces(one: DiskImage, other: DiskImage) -> Iterator[tuple[int, int]]:
+    """(start, length), aligned, at most CHUNK, of all that is data in either image; in order."""
+    done = 0
+    for start, end in heapq.merge(_data(one), _data(other)):
+        done = max(done, start // CHUNK * CHUNK)
+        while done < end:
+            yield done, CHUNK
+            done += CHUNK
+
+
+def _data(image: DiskImage) -> Iterator[tuple[int, int]]:
+    return ((extent.start, extent.end) for extent in image.extents() if extent.data)
+
+
+def _make_comparer(one: DiskImage, other: DiskImage, comparison: _Comparison) -> Callable[[tuple[int, int]], None]:
+    left, right = bytearray(CHUNK), bytearray(CHUNK)
+
+    def compare(piece: tuple[int, int]) -> None:
+        start, length = piece
+        for image, buffer in ((one, left), (other, right)):
+            inside = max(0, min(length, image.virtual_size - start))
+            image.pread_into(start, memoryview(buffer)[:inside])
+            buffer[inside:] = ZEROS[inside:]
+        if left != right:
+            at = next(index for index in range(length) if left[index] != right[index])
+            comparison.differs(start + at)
+
+    return compare

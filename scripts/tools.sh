@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# tools.sh demo|test|all: sees to the outside programs that the demo, the tests or the slow tests run.
+# As root on Debian/Ubuntu the missing ones are installed; otherwise they are named, and what needs them is skipped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
+# What to look for (a program, or a path that may hold a *) and the package that brings it.
+demo="
+qemu-img                                qemu-utils
+qemu-system-x86_64                      qemu-system-x86
+"
+test="$demo
+/usr/share/OVMF                         ovmf
+xorriso                                 xorriso
+isoinfo                                 genisoimage
+7z                                      p7zip-full
+bsdtar                                  libarchive-tools
+mdir                                    mtools
+mkfs.vfat                               dosfstools
+blkid                                   util-linux
+/usr/lib/python3/dist-packages/pyvhdi*  python3-libvhdi
+"
+all="$test
+mmdebstrap                              mmdebstrap
+mkfs.ext4                               e2fsprogs
+mkfs.xfs                                xfsprogs
+sfdisk                                  fdisk
+losetup                                 mount
+strace                                  strace
+"
+
+case ${1:-} in
+    demo) wanted=$demo ;;
+    test) wanted=$test ;;
+    all) wanted=$all ;;
+    *) echo "usage: tools.sh demo|test|all" >&2; exit 2 ;;
+esac
+
+there() {
+    case $1 in
+        /*) compgen -G "$1" >/dev/null ;;
+        *) command -v "$1" >/dev/null ;;
+    esac
+}
+
+missing=()
+packages=()
+while read -r what package; do
+    if [ -n "$what" ] && ! there "$what"; then
+        missing+=("$what")
+        packages+=("$package")
+    fi
+done <<<"$wanted"
+[ ${#missing[@]} -gt 0 ] || exit 0
+
+printf 'Outside tools missing: %s\n' "${missing[*]}"
+scripts/apt.sh "${packages[@]}" || echo "Going on: what needs them is skipped and says so."
