@@ -88,9 +88,7 @@ def _check_label(label: str) -> None:
     if not 1 <= len(label) <= MAX_LABEL:
         raise UsageError(f"label {label!r} has {len(label)} characters, expected 1 to {MAX_LABEL}")
     if not label.isascii() or not label.isprintable() or _FORBIDDEN & set(label) or label != label.strip():
-        raise UsageError(
-            f"label {label!r}: expected printable ASCII without * / : ; ? \\ or spaces around it"
-        )
+        raise UsageError(f"label {label!r}: expected printable ASCII without * / : ; ? \\ or spaces around it")
 
 
 def _check_tree(tree: Mapping[str, bytes]) -> list[str]:
@@ -105,9 +103,7 @@ def _check_tree(tree: Mapping[str, bytes]) -> list[str]:
             entry = ("/".join(parts[:level]), level < len(parts))
             other = seen.setdefault(entry[0].casefold(), entry)
             if other[0] != entry[0]:
-                raise UsageError(
-                    f"{other[0]!r} and {entry[0]!r} differ only by case: Windows would see one of them"
-                )
+                raise UsageError(f"{other[0]!r} and {entry[0]!r} differ only by case: Windows would see one of them")
             if other != entry:
                 raise UsageError(f"{entry[0]!r} is both a file and a folder")
     return sorted(path for path, is_folder in seen.values() if is_folder)
@@ -195,9 +191,7 @@ def _master(tree: Mapping[str, bytes], folders: list[str], label: str) -> bytes:
 def _stamp(image: bytes, when: datetime) -> bytes:
     """Set every date on the medium: those of the descriptors, the directory records and Rock Ridge's TF."""
     long_form = when.strftime("%Y%m%d%H%M%S00").encode() + b"\0"  # ECMA-119 8.4.26.1; the last byte is UTC+0
-    short_form = struct.pack(
-        "<7B", when.year - 1900, when.month, when.day, when.hour, when.minute, when.second, 0
-    )
+    short_form = struct.pack("<7B", when.year - 1900, when.month, when.day, when.hour, when.minute, when.second, 0)
     stamped = bytearray(image)
     for descriptor in iso9660.volume_descriptors(image):
         for field in (813, 830, 864):  # creation, modification, effective; expiration stays "not specified"

@@ -111,9 +111,7 @@ def volume_descriptors(image: bytes) -> list[VolumeDescriptor]:
         if kind in (_PRIMARY, _SUPPLEMENTARY):
             block_size = struct.unpack_from("<H", image, offset + 128)[0]
             if block_size != SECTOR:
-                raise UnsupportedFeature(
-                    f"logical blocks of {block_size} bytes, expected 2048", offset=offset
-                )
+                raise UnsupportedFeature(f"logical blocks of {block_size} bytes, expected 2048", offset=offset)
             joliet = kind == _SUPPLEMENTARY and image[offset + 88 : offset + 91] in _JOLIET_ESCAPES
             if kind == _PRIMARY or joliet:
                 raw = image[offset + 40 : offset + 72]
@@ -235,9 +233,7 @@ class _Medium:
         while pending:
             prefix, folder = pending.pop()
             if folder.start in entered or prefix.count("/") > MAX_DEPTH:
-                raise CorruptImage(
-                    "folders that contain themselves, or nested too deep", offset=folder.offset
-                )
+                raise CorruptImage("folders that contain themselves, or nested too deep", offset=folder.offset)
             entered.add(folder.start)
             self._claim(folder)
             for record in folder_records(self._image, folder):

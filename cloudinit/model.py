@@ -79,9 +79,7 @@ class Subnet(_Model):
         if self.address is None:
             raise ValueError(f"type {self.type} needs an address with its prefix length")
         if self.address.version != self.version or not _is_host(self.address):
-            raise ValueError(
-                f"{self.address} is not the IPv{self.version} address of one host in its network"
-            )
+            raise ValueError(f"{self.address} is not the IPv{self.version} address of one host in its network")
         for route in self.routes:
             if route.network.version != self.version:
                 raise ValueError(f"the route to {route.network} is not IPv{self.version}")
@@ -266,9 +264,8 @@ _SECRET = ("password", "user_data", "ssh_keys")
 
 def _describe(error: Any) -> tuple[FieldPath, str]:
     """One of pydantic's errors as the field's path and a sentence: what was found, what was expected."""
-    path: FieldPath = tuple(
-        part for part in error["loc"] if part != "[key]"
-    )  # pydantic's mark for a wrong key
+    # "[key]" is pydantic's mark for a wrong key of a mapping, not a part of the path.
+    path: FieldPath = tuple(part for part in error["loc"] if part != "[key]")
     if error["type"] == "missing":
         return path, "missing"
     if error["type"] == "extra_forbidden":

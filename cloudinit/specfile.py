@@ -69,15 +69,13 @@ def read_regular_file(path: Path, *, limit: int) -> bytes:
 class _CoreLoader(yaml.SafeLoader):
     """Composes nodes with the implicit types of the module's docstring; `_Builder` makes values of them."""
 
-    # PyYAML looks resolvers up by a scalar's first character; an empty table drops those of YAML 1.1.
+    # An empty table drops the resolvers of YAML 1.1; PyYAML looks them up by a scalar's first character.
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
 
 _TAG = "tag:yaml.org,2002:"
 _CoreLoader.add_implicit_resolver(f"{_TAG}null", re.compile(r"^(?:~|null|Null|NULL|)$"), [*"~nN", ""])
-_CoreLoader.add_implicit_resolver(
-    f"{_TAG}bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"]
-)
+_CoreLoader.add_implicit_resolver(f"{_TAG}bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"])
 _CoreLoader.add_implicit_resolver(f"{_TAG}int", re.compile(r"^-?(?:0|[1-9][0-9]*)$"), [*"-0123456789"])
 
 
@@ -178,5 +176,6 @@ def _fields(values: object) -> Mapping[str, object]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InvalidSpec(f"the spec is a {type(values).__name__}, expected fields such as 'name: web1'")
+        found = "a list" if isinstance(values, list) else "a single value"
+        raise InvalidSpec(f"the spec is {found}, expected fields such as 'name: web1'")
     return values

@@ -83,6 +83,12 @@ def by_suffix(path: str) -> DiskFormat | None:
     return None
 
 
+def named_suffix(path: str) -> str | None:
+    """The name of a format that is known by name only and usually has the path's suffix."""
+    name = PurePath(path).suffix.lower().lstrip(".")
+    return name if name in {known for known, _, _ in NAMED_ONLY} else None
+
+
 def probe(file: File) -> list[Claim]:
     """Every format that claims the file; empty when none does."""
     claims = [

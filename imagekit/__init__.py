@@ -1,5 +1,67 @@
-"""imagekit: any cloud image to a running Hyper-V guest."""
+"""imagekit: any cloud image to a running Hyper-V guest.
+
+The names in ``__all__`` are the promise; everything else may move. They are loaded when they are first used, so that
+``import imagekit`` stays cheap.
+"""
 
 from __future__ import annotations
 
+import importlib
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from imagekit.api import (
+        boot,
+        build_config_drive,
+        check,
+        compare,
+        convert,
+        info,
+        measure,
+        open_image,
+        prepare,
+    )
+    from imagekit.errors import ImagekitError
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "ImagekitError": "imagekit.errors",
+    **dict.fromkeys(
+        (
+            "boot",
+            "build_config_drive",
+            "check",
+            "compare",
+            "convert",
+            "info",
+            "measure",
+            "open_image",
+            "prepare",
+        ),
+        "imagekit.api",
+    ),
+}
+
+__all__ = [
+    "ImagekitError",
+    "boot",
+    "build_config_drive",
+    "check",
+    "compare",
+    "convert",
+    "info",
+    "measure",
+    "open_image",
+    "prepare",
+]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)

@@ -92,6 +92,8 @@ def target_format(target: str | os.PathLike[str], options: ConvertOptions) -> Di
         chosen = registry.find(options.target_format)
     else:
         found = registry.by_suffix(os.fspath(target))
+        if found is None and (name := registry.named_suffix(os.fspath(target))):
+            raise _not_written(name)
         if found is None:
             raise UsageError(
                 f"{os.fspath(target)}: the name does not say which format to write",
@@ -99,9 +101,13 @@ def target_format(target: str | os.PathLike[str], options: ConvertOptions) -> Di
             )
         chosen = found
     if not chosen.subformats:
-        writable = ", ".join(name for name, one in registry.formats().items() if one.subformats)
-        raise UnsupportedFeature(f"imagekit does not write {chosen.name}", hint=f"formats written: {writable}")
+        raise _not_written(chosen.name)
     return chosen
+
+
+def _not_written(name: str) -> UnsupportedFeature:
+    writable = ", ".join(name for name, one in registry.formats().items() if one.subformats)
+    return UnsupportedFeature(f"imagekit does not write {name}", hint=f"formats written: {writable}")
 
 
 def _write(

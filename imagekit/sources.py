@@ -37,28 +37,47 @@ class Source:
                 hint="stop what writes to it, or convert a snapshot",
             )
 
+    def close(self) -> None:
+        self.image.close()
 
-@contextmanager
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def open_source(
-    path: str | os.PathLike[str], *, declared: str | None = None, allow: frozenset[str] | None = frozenset()
-) -> Iterator[Source]:
+    path: str | os.PathLike[str],
+    *,
+    declared: str | None = None,
+    allow: frozenset[str] | None = frozenset(),
+) -> Source:
     """Open, recognise and judge. ``allow`` None reports the findings and refuses nothing (``info``)."""
-    with LocalFile.open_source(path) as file:
-        claims = registry.probe(file)
-        findings = [
-            *policy.judge_use(held_for_writing=file.held_for_writing),
-            *policy.judge_claims(claims, declared),
-        ]
-        if allow is not None:
-            policy.enforce(findings, allow=allow, path=file.name)
-        identity = file.identity
-        chosen = registry.choose(file, claims, declared)
-        with located(file):
-            image = chosen.open(file)
-        findings += policy.judge_info(image.info())
-        if allow is not None:
-            policy.enforce(findings, allow=allow, path=file.name)
-        yield Source(file, chosen.name, image, tuple(findings), identity)
+    file = LocalFile.open_source(path)
+    try:
+        return _judged(file, declared, allow)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _judged(file: LocalFile, declared: str | None, allow: frozenset[str] | None) -> Source:
+    claims = registry.probe(file)
+    findings = [
+        *policy.judge_use(held_for_writing=file.held_for_writing),
+        *policy.judge_claims(claims, declared),
+    ]
+    if allow is not None:
+        policy.enforce(findings, allow=allow, path=file.name)
+    identity = file.identity
+    chosen = registry.choose(file, claims, declared)
+    with located(file):
+        image = chosen.open(file)
+    findings += policy.judge_info(image.info())
+    if allow is not None:
+        policy.enforce(findings, allow=allow, path=file.name)
+    return Source(file, chosen.name, image, tuple(findings), identity)
 
 
 @contextmanager

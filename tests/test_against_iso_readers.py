@@ -65,9 +65,7 @@ def test_xorriso_extracts_every_file(medium: Path, tmp_path: Path) -> None:
 
 def test_xorriso_sees_modes_owner_and_no_complaint(medium: Path) -> None:
     """Rock Ridge: folders 0555, files 0444, all owned by root."""
-    listing = run(
-        need_tool("xorriso"), "-abort_on", "WARNING", "-indev", str(medium), "-find", "/", "-exec", "lsdl"
-    )
+    listing = run(need_tool("xorriso"), "-abort_on", "WARNING", "-indev", str(medium), "-find", "/", "-exec", "lsdl")
     rows = [line.split(None, 4)[:4] for line in listing.decode().splitlines()]
     assert len(rows) > len(TREE)
     assert {(row[0], row[2], row[3]) for row in rows} == {("dr-xr-xr-x", "0", "0"), ("-r--r--r--", "0", "0")}

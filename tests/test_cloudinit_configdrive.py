@@ -90,9 +90,7 @@ def test_user_data_is_written_as_it_came() -> None:
 
 
 def test_the_order_of_fields_does_not_change_the_drive() -> None:
-    assert build_config_drive(parse_spec(FULL)) == build_config_drive(
-        parse_spec(dict(reversed(FULL.items())))
-    )
+    assert build_config_drive(parse_spec(FULL)) == build_config_drive(parse_spec(dict(reversed(FULL.items()))))
 
 
 def test_the_drive_holds_the_tree_under_the_label_guests_look_for() -> None:

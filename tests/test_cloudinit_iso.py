@@ -121,9 +121,7 @@ def test_files_of_equal_content_share_their_bytes_on_the_medium() -> None:
 
 
 def test_names_that_iso_9660_would_confuse_stay_apart() -> None:
-    tree = {
-        f"{'long-name-' * 5}{n:02}.{extension}": b"%d" % n for n in range(12) for extension in ("a-b", "a_b")
-    }
+    tree = {f"{'long-name-' * 5}{n:02}.{extension}": b"%d" % n for n in range(12) for extension in ("a-b", "a_b")}
     tree |= {"meta-data": b"1", "meta_data": b"2", "meta data": b"3", ".x": b"4", "..x": b"5", "x/y": b"6"}
     assert read_iso(write_iso(tree)).tree == tree
 
@@ -207,6 +205,14 @@ def test_a_missing_or_additional_file_fails_the_verification() -> None:
 def test_another_label_fails_the_verification() -> None:
     with pytest.raises(VerificationFailed, match="label reads back as 'cidata', expected 'config-2'"):
         verify_iso(write_iso(DRIVE, label="cidata"), DRIVE, "config-2")
+
+
+@pytest.mark.parametrize("mark", [b"%/E", b"SP\x07\x01\xbe\xef"], ids=["joliet", "rock-ridge"])
+def test_a_medium_without_one_of_its_views_fails_the_verification(mark: bytes) -> None:
+    medium = write_iso(DRIVE)
+    assert mark in medium
+    with pytest.raises(VerificationFailed, match="lacks its Rock Ridge or its Joliet names"):
+        verify_iso(medium.replace(mark, bytes(len(mark))), DRIVE, "config-2")
 
 
 def test_a_medium_cut_short_fails_the_verification() -> None:

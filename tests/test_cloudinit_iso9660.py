@@ -138,6 +138,46 @@ def test_the_same_name_twice_is_called_corrupt() -> None:
         read_iso(medium.replace(b"NM\x07\x01\x00zy", b"NM\x07\x01\x00zz"))
 
 
+def test_a_folder_past_the_end_of_the_medium_is_called_corrupt() -> None:
+    root = iso9660.root_record(MEDIUM, iso9660.volume_descriptors(MEDIUM)[0])
+    with pytest.raises(CorruptImage, match="a folder ends at 0x80e000, past the end"):
+        read_iso(patched(MEDIUM, root.offset + 10, struct.pack("<I", 0x800000)))
+
+
+def test_a_folder_that_ends_inside_a_record_is_called_corrupt() -> None:
+    root = iso9660.root_record(MEDIUM, iso9660.volume_descriptors(MEDIUM)[1])
+    with pytest.raises(CorruptImage, match="a directory record crosses the end"):
+        read_iso(patched(MEDIUM, root.offset + 10, struct.pack("<I", 34 + 34 + 10)))
+
+
+@pytest.mark.parametrize(("position", "value"), [(0, 33), (32, 0), (32, 200)])
+def test_a_record_whose_lengths_disagree_is_called_corrupt(position: int, value: int) -> None:
+    """The length of the record is its first byte, that of the name its 33rd."""
+    record = records(MEDIUM, joliet=True)["d".encode("utf-16-be")]
+    with pytest.raises(CorruptImage, match=r"a directory record of \d+ bytes cannot be right"):
+        read_iso(patched(MEDIUM, record.offset + position, bytes([value])))
+
+
+@pytest.mark.parametrize("length", [3, 255])
+def test_a_rock_ridge_entry_of_a_wrong_length_is_called_corrupt(length: int) -> None:
+    record = records(MEDIUM, joliet=False)[b"D.;1"]
+    offset = MEDIUM.index(b"TF", record.offset) + 2
+    with pytest.raises(CorruptImage, match="a system use entry overruns its area"):
+        read_iso(patched(MEDIUM, offset, bytes([length])))
+
+
+@pytest.mark.parametrize(
+    ("block", "offset", "problem"),
+    [(0x7FFFFFFF, 0, "lies past the end of the medium"), (20, 2048, "crosses its sector")],
+)
+def test_a_continuation_that_leads_nowhere_is_called_corrupt(block: int, offset: int, problem: str) -> None:
+    root = records(MEDIUM, joliet=False)[b"\0"]
+    (entry,) = [e for e in iso9660.system_use_entries(MEDIUM, root) if e.signature == b"CE"]
+    body = struct.pack("<IIIIII", block, 0, offset, 0, 100, 0)
+    with pytest.raises(CorruptImage, match=problem):
+        list(iso9660.system_use_entries(patched(MEDIUM, entry.offset + 4, body), root))
+
+
 def test_continuations_without_end_are_called_corrupt() -> None:
     """The root's continuation area is made to continue in itself."""
     root = records(MEDIUM, joliet=False)[b"\0"]
@@ -149,9 +189,7 @@ def test_continuations_without_end_are_called_corrupt() -> None:
         list(iso9660.system_use_entries(medium, root))
 
 
-@given(
-    st.lists(st.tuples(st.integers(16 * SECTOR, len(MEDIUM) - 1), st.integers(0, 255)), max_size=8), st.data()
-)
+@given(st.lists(st.tuples(st.integers(16 * SECTOR, len(MEDIUM) - 1), st.integers(0, 255)), max_size=8), st.data())
 def test_damage_anywhere_ends_in_an_error_of_ours_or_in_names_and_bytes(
     changes: list[tuple[int, int]], data: st.DataObject
 ) -> None:

@@ -236,9 +236,7 @@ def test_what_is_no_public_key_is_refused_and_not_shown(key: object, problem: st
         ({"name": "a", "bad\nkey": 1}, "['bad\\nkey']: unknown field"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_was_found_and_expected(
-    values: dict[str, Any], problem: str
-) -> None:
+def test_a_wrong_value_is_named_with_what_was_found_and_expected(values: dict[str, Any], problem: str) -> None:
     message = problem_of(values)
     assert message.startswith("the spec has a wrong field:\n  ")
     assert problem in message
@@ -373,9 +371,7 @@ def test_links_and_networks_that_clash_are_refused(values: dict[str, Any], probl
 
 def test_all_wrong_fields_are_named_at_once_with_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "spec.yaml"
-    path.write_text(
-        "nam: a\nmachine:\n  cpus: x\nnetwork:\n  links:\n    - {id: eth0, mac: no}\n", encoding="utf-8"
-    )
+    path.write_text("nam: a\nmachine:\n  cpus: x\nnetwork:\n  links:\n    - {id: eth0, mac: no}\n", encoding="utf-8")
     with pytest.raises(InvalidSpec) as caught:
         load_spec(path)
     assert str(caught.value).splitlines() == [
@@ -406,9 +402,7 @@ def test_a_user_data_file_is_found_beside_the_spec_and_read_as_bytes(tmp_path: P
     (tmp_path / "data.gz").write_bytes(b"\x1f\x8b\xff")
     (tmp_path / "inner/spec.yaml").write_text("name: a\nuser_data_file: ../data.gz\n", encoding="utf-8")
     assert load_spec(tmp_path / "inner/spec.yaml").user_data == b"\x1f\x8b\xff"
-    assert (
-        parse_spec({"name": "a", "user_data_file": "data.gz"}, folder=tmp_path).user_data == b"\x1f\x8b\xff"
-    )
+    assert parse_spec({"name": "a", "user_data_file": "data.gz"}, folder=tmp_path).user_data == b"\x1f\x8b\xff"
 
 
 @pytest.mark.parametrize(

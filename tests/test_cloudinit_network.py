@@ -77,9 +77,7 @@ def test_a_static_ipv6_network_has_its_mask_as_an_address() -> None:
 
 def test_name_servers_are_given_globally_too() -> None:
     """Some guests read only the global list, some only those of a network."""
-    services = rendered({"type": "ipv4", "address": "192.0.2.10/24"}, dns=("192.0.2.53", "2001:db8::53"))[
-        "services"
-    ]
+    services = rendered({"type": "ipv4", "address": "192.0.2.10/24"}, dns=("192.0.2.53", "2001:db8::53"))["services"]
     assert services == [{"type": "dns", "address": "192.0.2.53"}, {"type": "dns", "address": "2001:db8::53"}]
 
 

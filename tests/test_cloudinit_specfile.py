@@ -85,9 +85,7 @@ def test_an_alias_repeats_what_it_names(tmp_path: Path) -> None:
 
 def test_aliases_that_multiply_cost_nothing(tmp_path: Path) -> None:
     """Thirty levels of ten aliases each would be 10^30 values if each were built again."""
-    text = "a0: &a0 [x]\n" + "".join(
-        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 31)
-    )
+    text = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 31))
     assert len(read(tmp_path, text).values) == 31
 
 
@@ -100,7 +98,7 @@ def test_aliases_that_multiply_cost_nothing(tmp_path: Path) -> None:
         ("a: b: c\n", "not valid YAML, line 1, column 5"),
         ("\ta: b\n", "not valid YAML, line 1, column 1"),
         ("- a\n", "the spec is a list, expected fields"),
-        ("just text\n", "the spec is a str, expected fields"),
+        ("just text\n", "the spec is a single value, expected fields"),
         ("12: a\n", "line 1: a field name that is not text"),
         ("? [a]\n: b\n", "line 1: a field name that is not text"),
         ("a: 1\n---\nb: 2\n", "not valid YAML, line 2, column 1"),

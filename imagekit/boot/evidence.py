@@ -52,7 +52,7 @@ RULES: tuple[Rule, ...] = (
     *_rules(
         "init",
         # dracut runs a systemd of its own before the root file system is there: that one does not count.
-        r"^Welcome to (?!.*(?:dracut|[Ii]nitramfs)).+!$",
+        r"^Welcome to (?!GRUB)(?!.*(?:dracut|[Ii]nitramfs)).+!$",
         r"^INIT: version \d",
         r"OpenRC .*is starting up",
     ),
@@ -107,11 +107,15 @@ class Reader:
 
     def feed(self, data: bytes, second: float) -> list[Evidence]:
         """Take the next bytes of the console; returns what they show."""
+        found: list[Evidence] = []
         *lines, self._tail = (self._tail + data).split(b"\n")
+        for line in lines:
+            for at in range(0, len(line), MAX_LINE):
+                found += self._judge(plain(line[at : at + MAX_LINE]), "console", second)
         while len(self._tail) > MAX_LINE:
-            lines.append(self._tail[:MAX_LINE])
+            found += self._judge(plain(self._tail[:MAX_LINE]), "console", second)
             self._tail = self._tail[MAX_LINE:]
-        return [found for line in lines for found in self._judge(plain(line), "console", second)]
+        return found
 
     def pause(self, second: float) -> list[Evidence]:
         """Judge the line begun so far, because nothing followed it: a prompt waits without a newline."""
@@ -137,12 +141,10 @@ class Reader:
 
 def plain(line: bytes) -> str:
     """A console line as readable text: terminal sequences dropped, everything else unprintable escaped."""
-    text = line.rstrip(b"\r").decode("utf-8", errors="backslashreplace")
+    text = line.strip(b"\r").decode("utf-8", errors="backslashreplace")
     return escape(_ESCAPE_SEQUENCE.sub("", text))
 
 
 def escape(text: str) -> str:
     """``text`` with control and other unprintable characters as ``\\x1b``-like escapes."""
-    return "".join(
-        sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text
-    )
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text)

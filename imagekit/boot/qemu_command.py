@@ -50,11 +50,7 @@ def qemu_args(
     ``control`` is the QEMU chardev that carries QMP. The serial port and the firmware's debug port go to
     standard output. Raises UnsupportedFeature for a generation that cannot be rehearsed.
     """
-    if machine.generation != 1:
-        raise UnsupportedFeature(
-            f"a generation {machine.generation} machine cannot be rehearsed yet",
-            hint="prepare it with --generation 1",
-        )
+    check_supported(machine)
     command = [program, "-name", "imagekit-rehearsal", "-nodefaults", "-no-user-config", "-display", "none"]
     command += SANDBOX if sandbox else ()
     command += ["-machine", "pc", *_processor(machine, accelerator), "-m", f"{machine.memory >> 20}M"]
@@ -76,6 +72,15 @@ def qemu_args(
         # No option ROM: it would offer a network boot that nobody asked for.
         command += ["-device", f"{NIC_DEVICES[nic.model]},netdev=net{index},mac={nic.mac},romfile="]
     return command
+
+
+def check_supported(machine: Machine) -> None:
+    """Raise UnsupportedFeature for a machine that QEMU cannot stand in for."""
+    if machine.generation != 1:
+        raise UnsupportedFeature(
+            f"a generation {machine.generation} machine cannot be rehearsed yet",
+            hint="prepare it with --generation 1",
+        )
 
 
 def stand_ins(machine: Machine) -> list[str]:
@@ -113,9 +118,7 @@ def _medium(medium: Medium, file: Path, index: int) -> list[str]:
         "file": {"driver": "file", "filename": str(file)},
     }
     if disk:
-        node["cache"] = {
-            "no-flush": True
-        }  # the overlay is thrown away: no need to bring it safely to the disk
+        node["cache"] = {"no-flush": True}  # the overlay is thrown away: no need to bring it safely to the disk
     device = f"ide-{'hd' if disk else 'cd'},drive=medium{index},bus=ide.{medium.number},unit={medium.slot}"
     if disk and medium.number == medium.slot == 0:
         device += ",bootindex=1"

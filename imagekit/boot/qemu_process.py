@@ -122,9 +122,7 @@ class Qemu:
         accepting = asyncio.create_task(link.accept())
         ended = asyncio.create_task(self._process.wait())
         try:
-            await asyncio.wait(
-                {accepting, ended}, timeout=QMP_TIMEOUT, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait({accepting, ended}, timeout=QMP_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
             if not accepting.done():
                 raise await self._death()
             await asyncio.wait_for(self._qmp.connect(accepting.result()), QMP_TIMEOUT)
@@ -224,7 +222,7 @@ async def running(command: Callable[[str], list[str]], *, folder: Path) -> Async
     qemu = None
     link: _SocketPair | _Loopback = _Loopback() if sys.platform == "win32" else _SocketPair()
     try:
-        process = await _start(command(link.chardev), link)
+        process = await _start(command(link.chardev), link, folder)
         qemu = Qemu(process, folder)
         await qemu.connect(link)
         yield qemu
@@ -270,7 +268,7 @@ class _Loopback:
         self._listener.close()
 
 
-async def _start(command: list[str], link: _SocketPair | _Loopback) -> asyncio.subprocess.Process:
+async def _start(command: list[str], link: _SocketPair | _Loopback, folder: Path) -> asyncio.subprocess.Process:
     if sys.platform == "linux":
         command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
     # A session of its own: Ctrl-C in the terminal is for us, and we tell QEMU.
@@ -284,6 +282,7 @@ async def _start(command: list[str], link: _SocketPair | _Loopback) -> asyncio.s
             pass_fds=link.inherited,
             start_new_session=own_session,
             creationflags=_NO_WINDOW,
+            cwd=folder,  # where a core file would go
         )
     except OSError as error:
         raise ToolError(f"QEMU cannot be started: {error.strerror or error}", path=command[0]) from error

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from imagekit.boot.evidence import DEFAULT_MARKER, Reader
-from imagekit.boot.qemu_command import BLOCK_DRIVERS, Accelerator, qemu_args, stand_ins
+from imagekit.boot.qemu_command import BLOCK_DRIVERS, Accelerator, check_supported, qemu_args, stand_ins
 from imagekit.boot.qemu_process import (
     INSTALL_HINT,
     Qemu,
@@ -82,6 +82,7 @@ def rehearse(
     if folder.name == FILE_NAME:
         folder = folder.parent
     machine = Machine.load(folder)
+    check_supported(machine)
     machine.check_media(folder)
     keep = Path(out).resolve() if out is not None else folder
     if not keep.is_dir() or not os.access(keep, os.W_OK):

@@ -118,9 +118,7 @@ def _download(folder: Path) -> None:
 
 def _dependencies() -> list[str]:
     """Debian's names of cloud-init and of every Python package below it; empty when apt does not know it."""
-    only = [
-        f"--no-{what}" for what in ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
-    ]
+    only = [f"--no-{what}" for what in ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")]
     try:
         lines = _apt("apt-cache", "depends", "--recurse", *only, "cloud-init").splitlines()
     except subprocess.CalledProcessError:

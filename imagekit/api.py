@@ -1,0 +1,287 @@
+"""The library: one function a task, the same ones the command line calls.
+
+All of it is thread-safe, changes no global state and prints nothing. ``progress`` is called with
+:class:`~imagekit.progress.Progress` values from the caller's thread; setting ``cancel`` makes the call raise
+Cancelled within about 250 ms, with nothing left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+from uuid import UUID
+
+from imagekit import policy
+from imagekit.changes import apply as apply_changes
+from imagekit.convert import convert_image, planned, target_format
+from imagekit.errors import SourceError, UnsupportedFeature, UsageError
+from imagekit.formats import registry
+from imagekit.formats.base import JSON, DiskImage, ImageInfo, Problem
+from imagekit.formats.files import LocalFile
+from imagekit.plan import ConvertOptions
+from imagekit.progress import Callback, Control
+from imagekit.report import SCHEMA, Report
+from imagekit.sources import located, open_source
+from imagekit.verify import first_difference
+
+if TYPE_CHECKING:
+    from imagekit.boot.result import BootResult, Evidence
+    from imagekit.bundle import Bundle, ConfigDrive
+    from imagekit.guest import SpecLike
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What ``info`` found: the headers' facts and the policy's findings. Sizes in bytes."""
+
+    filename: str
+    info: ImageInfo
+    file_size: int
+    actual_size: int
+    findings: tuple[policy.Finding, ...]
+
+    def to_json(self) -> dict[str, JSON]:
+        info = self.info
+        out: dict[str, JSON] = {
+            "schema": SCHEMA,
+            "filename": self.filename,
+            "format": info.format,
+            "subformat": info.subformat,
+            "virtual-size": info.virtual_size,
+            "file-size": self.file_size,
+            "actual-size": self.actual_size,
+            "block-size": info.block_size,
+            "features": dict(info.features),
+            "findings": [finding.to_json() for finding in self.findings],
+        }
+        for reference in info.references:
+            key = "backing-filename" if reference.kind != "data-file" else "data-filename"
+            out[key] = reference.name
+        return out
+
+
+def info(image: PathLike, *, format: str | None = None) -> Inspection:
+    """Headers, features and findings of an image; works on images that :func:`convert` refuses."""
+    with open_source(image, declared=format, allow=None) as source:
+        return Inspection(
+            filename=source.file.name,
+            info=source.image.info(),
+            file_size=source.file.size,
+            actual_size=source.file.allocated_size,
+            findings=source.findings,
+        )
+
+
+def open_image(image: PathLike, *, format: str | None = None, allow: Iterable[str] = ()) -> DiskImage:
+    """The guest's disk in an image file, judged by the safety policy; closing it closes the file."""
+    return open_source(image, declared=format, allow=policy.check_allowed(allow)).image
+
+
+def convert(
+    source: PathLike,
+    target: PathLike,
+    *,
+    progress: Callback | None = None,
+    cancel: threading.Event | None = None,
+    **options: Any,
+) -> Report:
+    """Convert an image; ``options`` are the fields of :class:`~imagekit.plan.ConvertOptions`."""
+    control = Control(progress, cancel)
+    return convert_image(source, target, _options(options), control=control)
+
+
+def _options(values: Mapping[str, Any]) -> ConvertOptions:
+    known = {field.name for field in fields(ConvertOptions)}
+    if unknown := sorted(set(values) - known):
+        raise UsageError(f"unknown options: {', '.join(unknown)}", hint=f"options: {', '.join(sorted(known))}")
+    values = dict(values)
+    values["allow"] = policy.check_allowed(values.get("allow", ()))
+    if isinstance(values.get("identifier"), str):
+        values["identifier"] = UUID(values["identifier"])
+    return ConvertOptions(**values)
+
+
+def measure(
+    source: PathLike,
+    format: str,
+    *,
+    progress: Callback | None = None,
+    cancel: threading.Event | None = None,
+    **options: Any,
+) -> dict[str, JSON]:
+    """The exact size, in bytes, that the target file of a conversion will have (``required``)."""
+    asked = _options({**options, "target_format": format})
+    chosen = target_format("", asked)
+    with planned(source, chosen, asked, control=Control(progress, cancel)) as conversion:
+        plan = conversion.plan
+        return {
+            "schema": SCHEMA,
+            "required": plan.file_size,
+            "virtual-size": plan.virtual_size,
+            "data-bytes": plan.data_bytes,
+            "format": plan.target_format,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Whether two images hold the same; ``offset`` is the guest offset of the first difference."""
+
+    same: bool
+    offset: int | None
+    reason: str
+
+    def to_json(self) -> dict[str, JSON]:
+        return {"schema": SCHEMA, "same": self.same, "offset": self.offset, "reason": self.reason}
+
+
+def compare(
+    one: PathLike,
+    other: PathLike,
+    *,
+    formats: tuple[str | None, str | None] = (None, None),
+    strict: bool = False,
+    jobs: int | None = None,
+    progress: Callback | None = None,
+    cancel: threading.Event | None = None,
+) -> Comparison:
+    """Compare guest content across formats. A longer disk whose tail is zero is the same unless ``strict``."""
+    with ExitStack() as stack:
+        left = stack.enter_context(open_source(one, declared=formats[0]))
+        right = stack.enter_context(open_source(other, declared=formats[1]))
+        sizes = left.image.virtual_size, right.image.virtual_size
+        if strict and sizes[0] != sizes[1]:
+            return Comparison(False, min(sizes), f"the disks have {sizes[0]} and {sizes[1]} bytes")
+        at = first_difference(left.image, right.image, jobs=jobs, control=Control(progress, cancel))
+        left.check_unchanged()
+        right.check_unchanged()
+    if at is not None:
+        return Comparison(False, at, f"the content differs at guest offset {at:#x}")
+    tail = "" if sizes[0] == sizes[1] else f"; one disk is {abs(sizes[0] - sizes[1])} bytes longer, all zero"
+    return Comparison(True, None, f"the content is the same{tail}")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What a check of the structure found, and what was mended."""
+
+    filename: str
+    format: str
+    problems: tuple[Problem, ...]
+    repaired: bool = False
+
+    @property
+    def sound(self) -> bool:
+        """Nothing but leaks, which only waste room."""
+        return all(problem.leak for problem in self.problems)
+
+    def to_json(self) -> dict[str, JSON]:
+        return {
+            "schema": SCHEMA,
+            "filename": self.filename,
+            "format": self.format,
+            "sound": self.sound,
+            "repaired": self.repaired,
+            "problems": [
+                {"code": one.code, "message": one.message, "offset": one.offset, "leak": one.leak}
+                for one in self.problems
+            ],
+        }
+
+
+def check(image: PathLike, *, format: str | None = None, repair: bool = False) -> CheckResult:
+    """Check an image's structure; with ``repair`` mend what can be mended with certainty and check again."""
+    with open_source(image, declared=format, allow=None) as source:
+        policy.enforce(
+            [finding for finding in source.findings if finding.rule in ("ambiguous", "format-mismatch", "in-use")],
+            path=source.file.name,
+        )
+        chosen = registry.find(source.format)
+        with located(source.file):
+            problems = tuple(chosen.check(source.file))
+        name = source.file.name
+    if not repair or not problems:
+        return CheckResult(name, chosen.name, problems)
+    with LocalFile.open_for_change(image) as file, located(file):
+        if file.held_for_writing:
+            raise SourceError("QEMU has the image open for writing", path=name, hint="stop the machine first")
+        changes = chosen.repair(file)
+        apply_changes(changes, file)
+        return CheckResult(name, chosen.name, tuple(chosen.check(file)), repaired=bool(changes))
+
+
+def build_config_drive(
+    spec: SpecLike | None = None,
+    path: PathLike = "config.iso",
+    *,
+    overwrite: bool = False,
+    sync: bool = True,
+    **guest: Any,
+) -> ConfigDrive:
+    """Write a guest's config drive; ``guest`` are fields of the spec, as in :func:`prepare`."""
+    from imagekit.bundle import write_config_drive
+    from imagekit.guest import make_guest
+
+    return write_config_drive(make_guest(spec, **guest), path, overwrite=overwrite, sync=sync)
+
+
+_CONVERSION = ("source_format", "size", "block_size", "subformat", "verify", "sync", "jobs", "allow", "timestamp")
+
+
+def prepare(
+    image: PathLike,
+    out: PathLike,
+    *,
+    spec: SpecLike | None = None,
+    progress: Callback | None = None,
+    cancel: threading.Event | None = None,
+    **guest: Any,
+) -> Bundle:
+    """Make a bundle of an image: disk, config drive, machine.json.
+
+    Keywords are fields of the spec (``name``, ``hostname``, ``uuid``, ``ssh_keys``, ``user_data``, ``password``,
+    ``network``, ``mac``, ``machine``, ``meta``) and of the conversion (``size``, ``source_format``, ``verify``,
+    which is ``"content"`` unless said otherwise, …).
+    """
+    from imagekit.bundle import prepare_bundle
+    from imagekit.guest import make_guest, name_for
+
+    conversion = {key: guest.pop(key) for key in _CONVERSION if key in guest}
+    options = _options({"verify": "content", **conversion})
+    made = make_guest(spec, default_name=name_for(image), **guest)
+    return prepare_bundle(image, out, made, options=options, control=Control(progress, cancel))
+
+
+def boot(
+    bundle: PathLike,
+    *,
+    on: str = "qemu",
+    timeout: float = 300.0,
+    marker: str | None = None,
+    allow_network: bool = False,
+    accelerator: Literal["auto", "kvm", "tcg"] = "auto",
+    out: PathLike | None = None,
+    on_event: Callable[[Evidence], None] | None = None,
+    cancel: threading.Event | None = None,
+) -> BootResult:
+    """Boot a bundle and say how far it came; see :func:`imagekit.boot.rehearsal.rehearse`."""
+    from imagekit.boot.rehearsal import rehearse
+
+    if on != "qemu":
+        raise UnsupportedFeature(f"booting on {on!r} is not supported yet", hint="use on='qemu', the rehearsal")
+    return rehearse(
+        bundle,
+        timeout=timeout,
+        marker=marker,
+        allow_network=allow_network,
+        accelerator=accelerator,
+        out=out,
+        on_event=on_event,
+        cancel=cancel,
+    )

@@ -1,0 +1,188 @@
+"""Prepare a guest: a disk, a config drive and machine.json that belong together, in one folder.
+
+The guest says who it is, the image what it runs. The MAC on the config drive is the MAC the machine gets.
+machine.json is written last: where it is, the rest is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from imagekit.cloudinit.configdrive import build_config_drive
+from imagekit.convert import convert_image
+from imagekit.errors import TargetError, UnsupportedFeature, UsageError
+from imagekit.formats.base import GiB, MiB
+from imagekit.guest import Guest
+from imagekit.machine import FILE_NAME, Machine
+from imagekit.plan import ConvertOptions
+from imagekit.progress import SILENT, Control
+from imagekit.publish import check_target, write_file
+from imagekit.report import SCHEMA, Report
+
+SECRET_MODE = 0o600
+"""Config drives hold keys and passwords."""
+SMALL_DISK = 10 * GiB
+HASH_STEP = 4 * MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A prepared machine: its folder, machine.json as data, and what to tell the user."""
+
+    path: Path
+    machine: Machine
+    report: Report
+    warnings: tuple[str, ...] = ()
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def to_json(self) -> dict[str, object]:
+        machine: dict[str, object] = self.machine.model_dump(mode="json", by_alias=True)
+        return {
+            "schema": SCHEMA,
+            "bundle": os.fspath(self.path),
+            "machine": machine,
+            "conversion": self.report.to_json(),
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigDrive:
+    """A config drive that was written. Size in bytes."""
+
+    path: Path
+    uuid: str
+    size: int
+    sha256: str
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "schema": SCHEMA,
+            "filename": os.fspath(self.path),
+            "uuid": self.uuid,
+            "size": self.size,
+            "sha256": self.sha256,
+        }
+
+
+def write_config_drive(
+    guest: Guest, path: str | os.PathLike[str], *, overwrite: bool = False, sync: bool = True
+) -> ConfigDrive:
+    """Build the guest's config drive and publish it, readable by its owner only."""
+    data = build_config_drive(guest.spec)
+    written = write_file(path, data, mode=SECRET_MODE, overwrite=overwrite, sync=sync)
+    return ConfigDrive(written, guest.uuid, len(data), hashlib.sha256(data).hexdigest())
+
+
+def prepare_bundle(
+    image: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    guest: Guest,
+    *,
+    options: ConvertOptions,
+    control: Control = SILENT,
+) -> Bundle:
+    """Write ``NAME.vhd``, ``NAME-config.iso`` and ``machine.json`` into ``out``: all of them or none."""
+    _check(guest, options)
+    folder, name = Path(out), guest.spec.name
+    disk, drive, description = (folder / file for file in (f"{name}.vhd", f"{name}-config.iso", FILE_NAME))
+    conversion = replace(options, target_format="vhd", identifier=guest.disk_identifier())
+    with ExitStack() as undo:
+        if _make_folder(folder):
+            undo.callback(_remove_folder, folder)
+        for path in (disk, drive, description):
+            check_target(path, overwrite=False)
+        # A file is only ever removed after this run made it.
+        report = convert_image(image, disk, conversion, control=control)
+        undo.callback(disk.unlink)
+        written = write_config_drive(guest, drive, sync=options.sync)
+        undo.callback(drive.unlink)
+        machine = _machine(guest, report, disk, written, sha256=file_digest(disk, control=control))
+        write_file(description, machine.dumps(), sync=options.sync)
+        undo.pop_all()
+    return Bundle(folder, machine, report, tuple(_warnings(guest, report, options)))
+
+
+def _check(guest: Guest, options: ConvertOptions) -> None:
+    if options.dry_run or options.overwrite:
+        raise UsageError("a bundle is always written, and always new", hint="choose another folder")
+    if guest.spec.machine.generation == 2:
+        raise UnsupportedFeature(
+            "generation 2 needs a VHDX disk, which imagekit does not write yet", hint="use generation 1"
+        )
+    if guest.spec.machine.secure_boot not in ("auto", "off"):
+        raise UnsupportedFeature("generation 1 has no Secure Boot", hint="leave out --secure-boot")
+
+
+def _machine(guest: Guest, report: Report, disk: Path, drive: ConfigDrive, *, sha256: str) -> Machine:
+    """Generation 1: the disk on IDE 0:0, the config drive as a DVD on IDE 1:0."""
+    ide = {"controller": "ide", "slot": 0}
+    return Machine.parse(
+        {
+            "uuid": guest.uuid,
+            "name": guest.spec.name,
+            "generation": 1,
+            "cpus": guest.spec.machine.cpus,
+            "memory": guest.spec.machine.memory,
+            "nics": [nic.model_dump() for nic in guest.nics],
+            "media": [
+                ide
+                | {"path": disk.name, "format": "vhd", "kind": "disk", "number": 0}
+                | {"size": report.target_size, "sha256": sha256},
+                ide
+                | {"path": drive.path.name, "format": "iso", "kind": "dvd", "number": 1}
+                | {"size": drive.size, "sha256": drive.sha256},
+            ],
+            "source": {
+                "filename": Path(report.source).name,
+                "format": report.source_format,
+                "size": report.source_size,
+                "virtual-size": report.source_virtual_size,
+            },
+        }
+    )
+
+
+def _make_folder(folder: Path) -> bool:
+    """Whether the folder had to be made."""
+    if folder.exists():
+        return False
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise TargetError(
+            f"cannot be created: {error.strerror}", path=folder, hint="make its parent folder first"
+        ) from error
+    return True
+
+
+def _remove_folder(folder: Path) -> None:
+    with suppress(OSError):  # somebody else put something in
+        folder.rmdir()
+
+
+def file_digest(path: Path, *, control: Control = SILENT) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest, done, size = hashlib.sha256(), 0, path.stat().st_size
+    buffer = memoryview(bytearray(HASH_STEP))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            done += count
+            control.tell("hash", done, size)
+    return digest.hexdigest()
+
+
+def _warnings(guest: Guest, report: Report, options: ConvertOptions) -> Iterator[str]:
+    spec = guest.spec
+    if not spec.ssh_keys and spec.password is None and spec.user_data is None:
+        yield "neither key nor password nor user data: nobody will be able to log in (add --ssh-key FILE)"
+    if options.size is None and report.virtual_size < SMALL_DISK:
+        yield f"the disk has {report.virtual_size} bytes, little for a guest at work (add --size 20G)"

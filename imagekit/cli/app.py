@@ -1,0 +1,124 @@
+"""The application: all commands together, and what becomes of errors and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Any
+
+import typer
+
+import imagekit
+from imagekit.cli import guests, images, planned
+from imagekit.cli.ui import show_error
+from imagekit.errors import EXIT_CODES, ImagekitError, UnsupportedFeature, UsageError
+
+INTERRUPTED, TERMINATED, INTERNAL = 130, 143, 70
+COMPLETE_VARIABLE = "_IMAGEKIT_COMPLETE"
+"""Set by the shell's script when it asks for completions."""
+
+# What typer's parser raises: click's ClickException, which typer brings along in some versions.
+ParserError: Any = typer.BadParameter.__mro__[2]
+
+_EXIT_CODES = "\n".join(f"{code:>4}  {meaning}" for code, meaning in EXIT_CODES)
+EPILOG = "Exit codes:\n\n\b\n" + _EXIT_CODES
+
+app = typer.Typer(
+    name="imagekit",
+    help="Any cloud image to a running Hyper-V guest: convert, add guest metadata, rehearse the boot.",
+    epilog=EPILOG,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(images.app)
+app.add_typer(guests.app)
+
+
+@app.callback()
+def _root(version: bool = typer.Option(False, "--version", "-V", help="Print the version.")) -> None:
+    if version:
+        print(f"imagekit {imagekit.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def completion(shell: str = typer.Argument(metavar="SHELL", help="bash, zsh, fish or powershell.")) -> None:
+    """Print a shell's completion script.
+
+    bash: eval "$(imagekit completion bash)"
+    """
+    from typer.completion import get_completion_script
+
+    known = ("bash", "zsh", "fish", "powershell")
+    if shell not in known:
+        raise UsageError(f"no completion for {shell!r}", hint=f"shells: {', '.join(known)}")
+    print(get_completion_script(prog_name="imagekit", complete_var=COMPLETE_VARIABLE, shell=shell))
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception: so that everything is cleaned up on the way out."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; returns its exit code."""
+    if COMPLETE_VARIABLE in os.environ:
+        from typer.completion import completion_init
+
+        completion_init()
+    signal.signal(signal.SIGTERM, _terminate)
+    as_json = _wants_json(arguments)
+    try:
+        code = app(args=arguments, prog_name="imagekit", standalone_mode=False)
+        sys.stdout.flush()
+        return int(code or 0)
+    except ImagekitError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        show_error(error, as_json=as_json)
+        return error.exit_code
+    except ParserError as error:
+        show_error(_explain(error, arguments), as_json=as_json)
+        return _explain(error, arguments).exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("imagekit: interrupted, nothing is left behind", file=sys.stderr)
+        return INTERRUPTED
+    except _Terminated:
+        print("imagekit: terminated, nothing is left behind", file=sys.stderr)
+        return TERMINATED
+    except BrokenPipeError:
+        sys.stdout = None  # nobody reads: do not complain again at exit
+        return 128 + signal.SIGPIPE if sys.platform != "win32" else INTERNAL
+    except Exception as error:
+        traceback.print_exc()
+        internal = ImagekitError(
+            f"internal error: {error!r}", hint="this is a bug: please report it with the lines above"
+        )
+        show_error(internal, as_json=as_json)
+        return INTERNAL
+
+
+def _wants_json(arguments: list[str]) -> bool:
+    joined = " ".join(arguments)
+    return any(f"--{name}{sign}json" in joined for name in ("output", "progress") for sign in " =")
+
+
+def _explain(error: Any, arguments: list[str]) -> ImagekitError:
+    """A parser's error in our words; what is planned but not there yet is not a usage error."""
+    option = getattr(error, "option_name", None)
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    if option in planned.OPTIONS.get(command, ()):
+        return UnsupportedFeature(f"{command} {option} is not supported yet", hint="see the CHANGELOG for what is")
+    if command in planned.COMMANDS:
+        return UnsupportedFeature(f"the command {command} is not supported yet", hint="see the CHANGELOG for what is")
+    commands: Any = typer.main.get_command(app)
+    hint = f"imagekit {command} --help" if command in commands.commands else "imagekit --help"
+    return UsageError(error.format_message(), hint=f"see {hint}")

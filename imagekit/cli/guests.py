@@ -1,0 +1,284 @@
+"""Commands about guests: configdrive, prepare, boot, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from imagekit import api
+from imagekit.cli.options import (
+    Allow,
+    ForceShare,
+    Format,
+    Image,
+    Jobs,
+    NoSync,
+    Overwrite,
+    allowed,
+    command,
+    size_option,
+)
+from imagekit.cli.sizes import show_size
+from imagekit.cli.ui import Ui, table
+from imagekit.errors import BootFailed, UsageError
+
+if TYPE_CHECKING:
+    from imagekit.boot.result import BootResult, Evidence
+
+app = typer.Typer()
+
+Spec = Annotated[
+    Path | None, typer.Option("--spec", metavar="FILE", help="Guest spec, YAML or JSON; other options win over it.")
+]
+Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the machine.")]
+Hostname = Annotated[str | None, typer.Option("--hostname", metavar="NAME", help="Host name; default: the name.")]
+Uuid = Annotated[str | None, typer.Option("--uuid", metavar="UUID", help="Instance id; random unless given.")]
+SshKey = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--ssh-key", metavar="FILE", help="Public key of who may log in; can be repeated.", show_default=False
+    ),
+]
+UserData = Annotated[
+    Path | None, typer.Option("--user-data", metavar="FILE", help="For cloud-init: #cloud-config, a script, …")
+]
+PasswordFile = Annotated[
+    Path | None, typer.Option("--password-file", metavar="FILE", help="Administrator's password, the first line.")
+]
+Network = Annotated[
+    str | None,
+    typer.Option("--network", metavar="dhcp|FILE", help="dhcp, or a file with the network section of a spec."),
+]
+Mac = Annotated[
+    str | None, typer.Option("--mac", metavar="MAC", help="MAC address; derived from the uuid otherwise.")
+]
+
+
+@app.command()
+@command
+def configdrive(
+    ui: Ui,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The ISO file to write.", show_default=False)],
+    spec: Spec = None,
+    name: Name = None,
+    hostname: Hostname = None,
+    uuid: Uuid = None,
+    ssh_key: SshKey = None,
+    user_data: UserData = None,
+    password_file: PasswordFile = None,
+    network: Network = None,
+    mac: Mac = None,
+    overwrite: Overwrite = False,
+    no_sync: NoSync = False,
+) -> None:
+    """Write a config drive (ISO 9660, label config-2).
+
+    It is read back and compared before it gets its name, and only its owner may read it.
+    """
+    guest = _guest(name, hostname, uuid, ssh_key, user_data, password_file, network, mac)
+    if spec is None and name is None:
+        guest["name"] = "guest"
+    drive = api.build_config_drive(spec, out, overwrite=overwrite, sync=not no_sync, **guest)
+    ui.result(
+        drive.to_json(), f"{drive.path}: config drive for {drive.uuid}, {drive.size} bytes, sha256 {drive.sha256}"
+    )
+
+
+@app.command()
+@command
+def prepare(
+    ui: Ui,
+    image: Image,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the bundle; made if need be.")],
+    spec: Spec = None,
+    name: Name = None,
+    hostname: Hostname = None,
+    uuid: Uuid = None,
+    ssh_key: SshKey = None,
+    user_data: UserData = None,
+    password_file: PasswordFile = None,
+    network: Network = None,
+    mac: Mac = None,
+    cpus: Annotated[int | None, typer.Option("--cpus", metavar="N", help="Processors.")] = None,
+    memory: Annotated[int | None, size_option("--memory", help="Memory, in steps of 2 MiB.")] = None,
+    switch: Annotated[str | None, typer.Option("--switch", metavar="NAME", help="Virtual switch on Hyper-V.")] = None,
+    vlan: Annotated[int | None, typer.Option("--vlan", metavar="ID", help="VLAN on that switch.")] = None,
+    generation: Annotated[
+        str | None, typer.Option("--generation", metavar="auto|1", help="Hyper-V generation.")
+    ] = None,
+    secure_boot: Annotated[
+        str | None, typer.Option("--secure-boot", metavar="auto|off", help="Secure Boot, for generation 2.")
+    ] = None,
+    size: Annotated[int | None, size_option("--size", help="Grow the disk to this size.")] = None,
+    format: Format = None,
+    no_sync: NoSync = False,
+    jobs: Jobs = None,
+    allow: Allow = None,
+    force_share: ForceShare = False,
+) -> None:
+    """Make disk, config drive and machine.json of an image."""
+    machine: dict[str, Any] = {
+        "cpus": cpus,
+        "memory": memory,
+        "switch": switch,
+        "vlan": vlan,
+        "generation": _generation(generation),
+        "secure_boot": secure_boot,
+    }
+    machine = {key: value for key, value in machine.items() if value is not None}
+    bundle = api.prepare(
+        image,
+        out,
+        spec=spec,
+        machine=machine or None,
+        size=size,
+        source_format=format,
+        sync=not no_sync,
+        jobs=jobs,
+        allow=allowed(allow, force_share=force_share),
+        progress=ui.callback(),
+        **_guest(name, hostname, uuid, ssh_key, user_data, password_file, network, mac),
+    )
+    for note in (*bundle.report.notes, *bundle.warnings):
+        ui.warn(note)
+    made, report = bundle.machine, bundle.report
+
+    def human() -> str:
+        rows = {
+            "bundle": bundle.path,
+            "machine": f"{made.name}, generation {made.generation} (the disk is a VHD), uuid {made.uuid}",
+            "processors": made.cpus,
+            "memory": show_size(made.memory),
+            "disk": f"{made.media[0].path}, {show_size(report.virtual_size)}, verified: {report.verified}",
+            "config drive": made.media[1].path,
+            "MAC": ", ".join(nic.mac for nic in made.nics),
+        }
+        return table(rows) + f"\n\nnext: imagekit boot {bundle.path}"
+
+    ui.result(bundle.to_json(), human)
+
+
+def _generation(text: str | None) -> object:
+    return int(text) if text in ("1", "2") else text
+
+
+def _guest(
+    name: str | None,
+    hostname: str | None,
+    uuid: str | None,
+    ssh_key: list[Path] | None,
+    user_data: Path | None,
+    password_file: Path | None,
+    network: str | None,
+    mac: str | None,
+) -> dict[str, Any]:
+    """The spec's fields that the options give, read from the files they name."""
+    from imagekit.cloudinit.specfile import read_regular_file, read_spec_file
+
+    fields: dict[str, Any] = {"name": name, "hostname": hostname, "uuid": uuid, "mac": mac, "network": network}
+    limit = 4 << 20
+    if ssh_key:
+        texts = [read_regular_file(path, limit=limit).decode("utf-8", "replace") for path in ssh_key]
+        fields["ssh_keys"] = [line.strip() for text in texts for line in text.splitlines() if _is_key(line)]
+        if not fields["ssh_keys"]:
+            raise UsageError(
+                "no key in the files of --ssh-key", hint="name a public key, such as ~/.ssh/id_ed25519.pub"
+            )
+    if user_data is not None:
+        fields["user_data"] = read_regular_file(user_data, limit=limit)
+    if password_file is not None:
+        text = read_regular_file(password_file, limit=limit).decode("utf-8", "replace")
+        fields["password"] = text.split("\n", 1)[0].rstrip("\r")
+    if network is not None and network != "dhcp":
+        values = read_spec_file(Path(network)).values
+        fields["network"] = values.get("network", values)
+    return fields
+
+
+def _is_key(line: str) -> bool:
+    return bool(line.strip()) and not line.lstrip().startswith("#")
+
+
+@app.command()
+@command
+def boot(
+    ui: Ui,
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that prepare made.", show_default=False)],
+    on: Annotated[str, typer.Option("--on", metavar="qemu", help="Where to boot.")] = "qemu",
+    timeout: Annotated[float, typer.Option("--timeout", metavar="S", help="Give up after so many seconds.")] = 300.0,
+    marker: Annotated[
+        str | None, typer.Option("--marker", metavar="TEXT", help="Text the guest prints when all is well.")
+    ] = None,
+    accept_unknown: Annotated[
+        bool, typer.Option("--accept-unknown", help="Exit 0 also when the guest says nothing readable.")
+    ] = False,
+    allow_network: Annotated[
+        bool, typer.Option("--allow-network", help="Let the guest reach this computer's network.")
+    ] = False,
+    accelerator: Annotated[
+        str, typer.Option("--accelerator", metavar="auto|kvm|tcg", help="How QEMU runs the guest.")
+    ] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Folder for console log and screenshot; default: BUNDLE."),
+    ] = None,
+) -> None:
+    """Rehearse the boot of a bundle in QEMU.
+
+    The bundle's files are not changed. Exit 17 when it did not boot or nobody can tell.
+    """
+    if accelerator not in ("auto", "kvm", "tcg"):
+        raise UsageError(f"accelerator {accelerator!r}", hint="choose auto, kvm or tcg")
+    result = api.boot(
+        bundle,
+        on=on,
+        timeout=timeout,
+        marker=marker,
+        allow_network=allow_network,
+        accelerator=cast(Literal["auto", "kvm", "tcg"], accelerator),
+        out=out,
+        on_event=None if ui.quiet or ui.progress == "none" else lambda event: ui.say(describe_event(event)),
+    )
+    ui.result(result.to_json(), lambda: describe_boot(result))
+    if not result.accepted(accept_unknown=accept_unknown):
+        raise BootFailed(
+            f"verdict {result.verdict}, at stage {result.stage}",
+            path=bundle,
+            hint=f"look at {result.screenshot or 'the console'} and {result.console or 'at nothing: it was silent'}",
+        )
+
+
+def describe_event(event: Evidence) -> str:
+    """A line of evidence as it comes in."""
+    return f"{event.second:7.1f} s  {event.stage:<10}  {event.line}"
+
+
+def describe_boot(result: BootResult) -> str:
+    """The result of a boot, for people."""
+    return table(
+        {
+            "verdict": result.verdict,
+            "stage": result.stage,
+            "accelerator": result.accelerator,
+            "seconds": f"{result.seconds:.1f}",
+            "console": result.console,
+            "screenshot": result.screenshot,
+        }
+    )
+
+
+@app.command()
+@command
+def demo(
+    ui: Ui,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for the results; made anew, must not exist.")
+    ] = Path("demo-out"),
+) -> None:
+    """A tour on an image it makes: convert, prepare, boot."""
+    from imagekit.demo import run_demo
+
+    result = run_demo(out, say=ui.say)
+    ui.result(result.to_json(), lambda: f"\nThe guest says it booted. Its screen: {result.boot.screenshot}")

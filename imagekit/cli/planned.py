@@ -1,0 +1,28 @@
+"""Commands and options of the contract that do not work yet: they answer exit 12, not "no such option"."""
+
+from __future__ import annotations
+
+COMMANDS = frozenset(
+    ("batch", "cache", "create", "hyperv", "merge", "rebase", "resize", "upload"),
+)
+OPTIONS: dict[str, frozenset[str]] = {
+    "info": frozenset(("--deep", "--hyperv")),
+    "convert": frozenset(
+        (
+            "--for",
+            "--sector-size",
+            "--align",
+            "--fix-gpt",
+            "--size-from",
+            "--parent",
+            "--snapshot",
+            "--follow-references",
+            "--parent-map",
+            "--ignore-parent-id",
+            "--confined",
+        )
+    ),
+    "configdrive": frozenset(("--datasource", "--media", "--disk", "--check")),
+    "prepare": frozenset(("--datasource", "--media", "--disk")),
+    "boot": frozenset(("--rehearse", "--plan")),
+}

@@ -1,0 +1,88 @@
+"""Who a guest is: a spec from a file, from keywords, or both, completed so that everything can derive from it.
+
+Keywords win over the file. The uuid is made up when nobody gave one; the MAC address and the disk's id derive from
+it, so that two machines never share one and one machine never has two.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID, uuid4, uuid5
+
+from imagekit.cloudinit.model import Network, Spec, derive_mac, load_spec, parse_spec
+from imagekit.errors import UsageError
+from imagekit.machine import Nic
+
+SpecLike = Spec | Mapping[str, object] | str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A complete spec, and the MAC address of the first adapter."""
+
+    spec: Spec
+    uuid: str
+    mac: str
+
+    @property
+    def nics(self) -> tuple[Nic, ...]:
+        """One adapter a link of the network, one in any case."""
+        network, machine = self.spec.network, self.spec.machine
+        macs = [link.mac for link in network.links] if network else [self.mac]
+        return tuple(Nic(mac=mac, switch=machine.switch, vlan=machine.vlan) for mac in macs)
+
+    def disk_identifier(self, index: int = 0) -> UUID:
+        """The id of the guest's disk number ``index``."""
+        return uuid5(UUID(self.uuid), f"imagekit disk {index}")
+
+
+def make_guest(
+    spec: SpecLike | None = None,
+    *,
+    default_name: str | None = None,
+    network: str | Mapping[str, object] | None = None,
+    mac: str | None = None,
+    **fields: object,
+) -> Guest:
+    """The guest that a spec (a file, plain values or a Spec) and keywords describe.
+
+    ``fields`` are those of the spec, None for not given; ``machine`` and ``meta`` are merged key by key.
+    ``network`` is ``"dhcp"`` or the spec's network section. Raises InvalidSpec, SourceError or UsageError.
+    """
+    given = {key: value for key, value in fields.items() if value is not None}
+    dhcp = network == "dhcp"
+    if network is not None and not dhcp:
+        given["network"] = network
+    parsed = _read(spec, given, {} if default_name is None else {"name": default_name})
+    uuid = parsed.uuid or str(uuid4())
+    parsed = parsed.model_copy(update={"uuid": uuid})
+    if mac is not None and parsed.network is not None and not dhcp:
+        raise UsageError("a MAC address and a network with links", hint="write the MAC into the network's link")
+    if mac is not None or dhcp:
+        # Through the model, which checks and normalises the address.
+        asked = Network.dhcp(mac or derive_mac(uuid))
+        mac = asked.links[0].mac
+        parsed = parsed.model_copy(update={"network": asked if dhcp else None})
+    elif parsed.network is not None:
+        mac = parsed.network.links[0].mac
+    return Guest(parsed, parsed.uuid, mac or derive_mac(uuid))
+
+
+def _read(spec: SpecLike | None, given: dict[str, object], defaults: dict[str, object]) -> Spec:
+    if isinstance(spec, Spec):
+        if given:
+            raise UsageError(f"a Spec and keywords as well: {', '.join(given)}", hint="use spec.model_copy")
+        return spec
+    if isinstance(spec, str | os.PathLike):
+        return load_spec(spec, defaults=defaults, overrides=given)
+    return parse_spec({**defaults, **(spec or {}), **given})
+
+
+def name_for(image: str | os.PathLike[str]) -> str:
+    """A machine name made of an image's file name."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(image).name.split(".")[0]).strip("._-")
+    return stem[:64] or "guest"
