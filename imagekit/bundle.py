@@ -105,6 +105,7 @@ def prepare_bundle(
         written = write_config_drive(guest, drive, sync=options.sync)
         undo.callback(drive.unlink)
         machine = _machine(guest, report, disk, written, sha256=file_digest(disk, control=control))
+        control.check()
         write_file(description, machine.dumps(), sync=options.sync)
         undo.pop_all()
     return Bundle(folder, machine, report, tuple(_warnings(guest, report, options)))

@@ -63,13 +63,20 @@ def make_guest(
     if mac is not None and parsed.network is not None and not dhcp:
         raise UsageError("a MAC address and a network with links", hint="write the MAC into the network's link")
     if mac is not None or dhcp:
-        # Through the model, which checks and normalises the address.
-        asked = Network.dhcp(mac or derive_mac(uuid))
+        asked = _dhcp(mac or derive_mac(uuid))
         mac = asked.links[0].mac
         parsed = parsed.model_copy(update={"network": asked if dhcp else None})
     elif parsed.network is not None:
         mac = parsed.network.links[0].mac
     return Guest(parsed, parsed.uuid, mac or derive_mac(uuid))
+
+
+def _dhcp(mac: str) -> Network:
+    """One link that asks DHCP; InvalidSpec when the address is none."""
+    network = {"links": [{"id": "eth0", "mac": mac}], "networks": [{"link": "eth0", "type": "ipv4_dhcp"}]}
+    parsed = parse_spec({"name": "guest", "network": network}).network
+    assert parsed is not None
+    return parsed
 
 
 def _read(spec: SpecLike | None, given: dict[str, object], defaults: dict[str, object]) -> Spec:

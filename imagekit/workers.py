@@ -6,6 +6,7 @@ Numbers and copies run outside the interpreter's lock, so plain threads use all 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
@@ -14,6 +15,10 @@ from imagekit.progress import INTERVAL, Control
 
 Task = TypeVar("Task")
 
+# mallopt(3)
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+
 
 def usable_cores() -> int:
     """Processors this process may run on."""
@@ -21,6 +26,22 @@ def usable_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on Windows and macOS
         return os.cpu_count() or 1
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory instead of giving it back after every cluster. For a process of our own.
+
+    Each cluster is decoded into memory that is freed at once; giving it back costs a page fault a page, a tenth
+    of a conversion's time. Elsewhere than on glibc this does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
 
 
 class _Shared(Generic[Task]):

@@ -23,6 +23,7 @@ from imagekit.cli.options import (
 from imagekit.cli.sizes import show_size
 from imagekit.cli.ui import Ui, table
 from imagekit.errors import BootFailed, UsageError
+from imagekit.workers import keep_freed_memory
 
 if TYPE_CHECKING:
     from imagekit.boot.result import BootResult, Evidence
@@ -119,6 +120,7 @@ def prepare(
     force_share: ForceShare = False,
 ) -> None:
     """Make disk, config drive and machine.json of an image."""
+    keep_freed_memory()
     machine: dict[str, Any] = {
         "cpus": cpus,
         "memory": memory,

@@ -25,6 +25,7 @@ from imagekit.cli.sizes import parse_size, short_size, show_size
 from imagekit.cli.ui import Ui, refuse_from_environment, table
 from imagekit.errors import CorruptImage, UnsupportedFeature, UsageError
 from imagekit.report import Report
+from imagekit.workers import keep_freed_memory
 
 app = typer.Typer()
 
@@ -197,6 +198,7 @@ def convert(
     refuse_from_environment("IMAGEKIT_VERIFY", verify, "none")
     if compress:
         raise UnsupportedFeature("neither VHD nor raw can be compressed", hint="leave out -c")
+    keep_freed_memory()
     if show:
         ui.progress = "bar" if ui.progress == "auto" else ui.progress
     asked: dict[str, Any] = {"subformat": subformat, "block_size": block_size} | _qemu_options(options)

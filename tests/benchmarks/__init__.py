@@ -1,0 +1,1 @@
+"""Benchmarks: pairs against qemu-img, on a corpus made once. Run by ``make bench``; never part of the tests."""

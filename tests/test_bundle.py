@@ -1,0 +1,189 @@
+"""Bundles: disk, config drive and machine.json that belong together, all of them or none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+import imagekit
+from imagekit import bundle as bundle_module
+from imagekit.cloudinit.iso import read_iso
+from imagekit.errors import (
+    Cancelled,
+    ImagekitError,
+    InvalidSpec,
+    SourceError,
+    TargetError,
+    ToolError,
+    UnsafeImage,
+    UnsupportedFeature,
+    UsageError,
+)
+from imagekit.formats.base import GiB, MiB
+from imagekit.machine import Machine
+from imagekit.progress import Progress
+
+UUID = "8f2a6d5c-9d3e-4a54-8d4e-0f9b8d1f1c11"
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "small.raw"
+    with path.open("wb") as file:
+        file.truncate(8 * MiB)
+        file.write(b"boot" * 128)
+    return path
+
+
+def test_the_bundle_holds_what_machine_json_says(image: Path, tmp_path: Path) -> None:
+    made = imagekit.prepare(image, tmp_path / "web1", name="web1", uuid=UUID, network="dhcp")
+    machine = Machine.load(tmp_path / "web1")
+    assert machine == made.machine
+    machine.check_media(tmp_path / "web1", digests=True)
+    assert [(medium.path, medium.place) for medium in machine.media] == [
+        ("web1.vhd", "IDE 0:0"),
+        ("web1-config.iso", "IDE 1:0"),
+    ]
+    assert str(machine.uuid) == UUID
+    assert sorted(path.name for path in (tmp_path / "web1").iterdir()) == [
+        "machine.json",
+        "web1-config.iso",
+        "web1.vhd",
+    ]
+
+
+def test_drive_disk_and_machine_share_one_identity(image: Path, tmp_path: Path) -> None:
+    made = imagekit.prepare(image, tmp_path / "web1", name="web1", network="dhcp")
+    tree = read_iso((tmp_path / "web1" / "web1-config.iso").read_bytes()).tree
+    meta = json.loads(tree["openstack/latest/meta_data.json"])
+    network = json.loads(tree["openstack/latest/network_data.json"])
+    assert meta["uuid"] == str(made.machine.uuid)
+    assert [link["ethernet_mac_address"] for link in network["links"]] == [nic.mac for nic in made.machine.nics]
+    info = imagekit.info(tmp_path / "web1" / "web1.vhd").info
+    assert info.features["unique-id"] == made.report.identifier
+
+
+def test_one_guest_gives_one_bundle_byte_for_byte(image: Path, tmp_path: Path) -> None:
+    digests = []
+    for name in ("a", "b"):
+        imagekit.prepare(image, tmp_path / name, name="web1", uuid=UUID, user_data="#cloud-config\n")
+        files = sorted((tmp_path / name).iterdir())
+        digests.append([(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
+    assert digests[0] == digests[1]
+
+
+def test_the_config_drive_is_for_its_owner_only(image: Path, tmp_path: Path) -> None:
+    imagekit.prepare(image, tmp_path / "web1", name="web1", password="secret-Pa55")
+    assert stat.S_IMODE((tmp_path / "web1" / "web1-config.iso").stat().st_mode) == 0o600
+
+
+def test_the_content_is_verified(image: Path, tmp_path: Path) -> None:
+    assert imagekit.prepare(image, tmp_path / "web1", name="web1").report.verified == "content"
+
+
+def test_the_disk_grows_on_the_way(image: Path, tmp_path: Path) -> None:
+    made = imagekit.prepare(image, tmp_path / "web1", name="web1", size=20 * GiB)
+    assert made.report.virtual_size == 20 * GiB
+    assert not any("little" in warning for warning in made.warnings)
+
+
+def test_what_will_annoy_is_said(image: Path, tmp_path: Path) -> None:
+    warnings = imagekit.prepare(image, tmp_path / "web1", name="web1").warnings
+    assert any("log in" in warning for warning in warnings)
+    assert any("little" in warning for warning in warnings)
+    keyed = imagekit.prepare(image, tmp_path / "web2", name="web2", password="secret-Pa55")
+    assert not any("log in" in warning for warning in keyed.warnings)
+
+
+def test_a_secret_is_in_no_result(image: Path, tmp_path: Path) -> None:
+    made = imagekit.prepare(image, tmp_path / "web1", name="web1", password="secret-Pa55")
+    assert "secret-Pa55" not in repr(made) + json.dumps(made.to_json())
+    assert b"secret-Pa55" not in (tmp_path / "web1" / "machine.json").read_bytes()
+
+
+def fail_with(error: ImagekitError) -> object:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("step", ["write_config_drive", "file_digest", "_machine"])
+def test_a_failure_at_any_step_leaves_nothing(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    monkeypatch.setattr(bundle_module, step, fail_with(ToolError("broken")))
+    with pytest.raises(ToolError):
+        imagekit.prepare(image, tmp_path / "web1", name="web1")
+    assert [path.name for path in tmp_path.iterdir()] == ["small.raw"]
+
+
+def test_a_failure_leaves_what_others_put_into_the_folder(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "web1"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    monkeypatch.setattr(bundle_module, "file_digest", fail_with(ToolError("broken")))
+    with pytest.raises(ToolError):
+        imagekit.prepare(image, folder, name="web1")
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("taken", ["web1.vhd", "web1-config.iso", "machine.json"])
+def test_an_existing_file_stops_it_before_anything_is_written(image: Path, tmp_path: Path, taken: str) -> None:
+    folder = tmp_path / "web1"
+    folder.mkdir()
+    (folder / taken).write_text("mine")
+    with pytest.raises(TargetError):
+        imagekit.prepare(image, folder, name="web1")
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(taken, "mine")]
+
+
+def test_cancelling_leaves_nothing(image: Path, tmp_path: Path) -> None:
+    import threading
+
+    cancel = threading.Event()
+
+    def stop_at_hash(progress: Progress) -> None:
+        if progress.phase == "hash":
+            cancel.set()
+
+    with pytest.raises(Cancelled):
+        imagekit.prepare(image, tmp_path / "web1", name="web1", progress=stop_at_hash, cancel=cancel)
+    assert [path.name for path in tmp_path.iterdir()] == ["small.raw"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ({"machine": {"generation": 2}}, UnsupportedFeature),
+        ({"machine": {"secure_boot": "linux"}}, UnsupportedFeature),
+        ({"machine": {"memory": 3 * MiB}}, InvalidSpec),
+        ({"machine": {"speed": "fast"}}, InvalidSpec),
+        ({"name": "../evil"}, InvalidSpec),
+        ({"colour": "red"}, InvalidSpec),
+        ({"overwrite": True}, InvalidSpec),
+        ({"spec": "none.yaml"}, SourceError),
+        ({"verify": "maybe"}, UsageError),
+    ],
+)
+def test_a_guest_that_cannot_be_is_refused(
+    image: Path, tmp_path: Path, arguments: dict[str, object], kind: type[ImagekitError]
+) -> None:
+    with pytest.raises(kind):
+        imagekit.prepare(image, tmp_path / "web1", **{"name": "web1", **arguments})  # type: ignore[arg-type]
+    assert not (tmp_path / "web1").exists()
+
+
+def test_an_unsafe_image_is_refused_before_the_folder_fills(tmp_path: Path) -> None:
+    image = tmp_path / "two.img"
+    image.write_bytes(b"QFI\xfb" + bytes(60) + b"\x7f\x10\xda\xbe" + bytes(4096))
+    with pytest.raises(UnsafeImage) as caught:
+        imagekit.prepare(image, tmp_path / "web1", name="web1")
+    assert caught.value.rule == "ambiguous"
+    assert not (tmp_path / "web1").exists()
