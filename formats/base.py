@@ -296,17 +296,14 @@ class SlotMap:
 
     def add(self, first: int, count: int = 1) -> int:
         """Give the next ``count`` slots to the blocks from ``first``; returns the first slot."""
-        slot, self.count = self.count, self.count + count
         at = bisect_right(self._firsts, first)
-        if at:
-            before, length, its_slot = self._runs[at - 1]
-            if first < before + length:
-                raise ValueError(f"block {first} has a slot already")
-            if first == before + length and its_slot + length == slot:
-                self._runs[at - 1] = (before, length + count, its_slot)
-                return slot
-        if at < len(self._firsts) and first + count > self._firsts[at]:
-            raise ValueError(f"block {self._firsts[at]} has a slot already")
+        before, length, its_slot = self._runs[at - 1] if at else (0, 0, 0)
+        if first < before + length or (at < len(self._firsts) and first + count > self._firsts[at]):
+            raise ValueError(f"one of the blocks {first}..{first + count - 1} has a slot already")
+        slot, self.count = self.count, self.count + count
+        if length and first == before + length and its_slot + length == slot:
+            self._runs[at - 1] = (before, length + count, its_slot)
+            return slot
         self._firsts.insert(at, first)
         self._runs.insert(at, (first, count, slot))
         return slot

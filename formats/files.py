@@ -199,7 +199,10 @@ else:
                 return
             if start >= end:
                 return
-            stop = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+            try:
+                stop = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+            except OSError:
+                stop = end  # the file was cut meanwhile; reading will tell
             yield start, stop - start
             offset = stop
 
@@ -287,7 +290,7 @@ class LocalFile:
     def pread(self, offset: int, length: int) -> bytes:
         data = bytearray(max(0, min(length, self.size - offset)))
         count = self.pread_into(offset, memoryview(data))
-        return bytes(data[:count])
+        return bytes(memoryview(data)[:count])
 
     def pwrite(self, offset: int, *buffers: Buffer) -> None:
         views = _views(buffers)

@@ -244,9 +244,15 @@ class Qcow2Image(DiskImage):
         compressed = (descriptors & np.uint64(COMPRESSED_FLAG)) != 0
         offsets = np.where(compressed, np.uint64(0), descriptors & np.uint64(OFFSET_MASK))
         kinds = np.where(offsets != 0, PLAIN, UNALLOCATED).astype(np.uint8)
-        if self.header.version >= 3:
-            kinds[(descriptors & np.uint64(ZERO_FLAG)) != 0] = ZERO
+        kinds[(descriptors & np.uint64(ZERO_FLAG)) != 0] = ZERO
         kinds[compressed] = COMPRESSED
+        if self.header.version == 2 and (kinds == ZERO).any():
+            entry = int((kinds == ZERO).argmax())
+            raise CorruptImage(
+                "an L2 entry has the zero flag, which version 2 does not have",
+                path=self.file.name,
+                offset=offset + entry * 8,
+            )
         self._check_plain(offsets, kinds, offset)
         return _L2(kinds, offsets, descriptors)
 
@@ -418,20 +424,21 @@ class Qcow2Image(DiskImage):
             backing.pread_into(run.start, part[:inside])
         part[inside:] = bytes(len(part) - inside)
 
-    def compressed_spans(self, descriptors: Any) -> list[tuple[int, int]]:
-        """(offset, available bytes) of compressed clusters, from their descriptors."""
+    def compressed_spans(self, descriptors: Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Offsets and available bytes of compressed clusters, from their descriptors."""
         import numpy as np
 
         shift = 62 - (self.header.cluster_bits - 8)
         offsets = descriptors & np.uint64((1 << shift) - 1)
         sectors = (descriptors & np.uint64(COMPRESSED_FLAG - 1)) >> np.uint64(shift)
         lengths = (sectors + np.uint64(1)) * np.uint64(512) - (offsets & np.uint64(511))
-        return list(zip(offsets.tolist(), lengths.tolist(), strict=True))
+        return offsets.astype(np.int64), lengths.astype(np.int64)
 
     def _read_compressed(self, run: _Run, part: memoryview) -> None:
         cluster = self.header.cluster_size
         skip = run.start % cluster  # the range may begin inside the first cluster
-        spans = self.compressed_spans(run.entries)
+        offsets, lengths = self.compressed_spans(run.entries)
+        spans = list(zip(offsets.tolist(), lengths.tolist(), strict=True))
         at = 0
         for group, blob, base in self._grouped(spans):
             for offset, length in group:
@@ -464,10 +471,11 @@ class Qcow2Image(DiskImage):
     def _blob(self, group: list[tuple[int, int]]) -> memoryview:
         # The last stream's sectors may reach behind the file's end: the decoder decides whether that matters.
         base, end = group[0][0], max(offset + length for offset, length in group)
-        return memoryview(self.file.pread(base, end - base))
+        blob = memoryview(bytearray(end - base))
+        return blob[: self.file.pread_into(base, blob)]
 
     def ranges(self) -> Iterator[Range]:
-        from imagekit.formats.qcow2_check import claimed_ranges
+        from imagekit.formats.qcow2_claims import claimed_ranges
 
         return claimed_ranges(self)
 

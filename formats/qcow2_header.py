@@ -16,12 +16,14 @@ MAX_BACKING_NAME = 1023
 MAX_EXTENSIONS = 64
 
 DIRTY, CORRUPT, DATA_FILE, COMPRESSION_TYPE, EXTENDED_L2 = (1 << bit for bit in range(5))
+BITMAPS_VALID = 1  # autoclear
 KNOWN_INCOMPATIBLE = DIRTY | CORRUPT | DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2
 
 EXT_END = 0
 EXT_BACKING_FORMAT = 0xE2792ACA
 EXT_DATA_FILE = 0x44415441
 EXT_BITMAPS = 0x23852875
+EXT_CRYPTO_HEADER = 0x0537BE77
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,11 @@ class Qcow2Header:
         return bool(self.incompatible & EXTENDED_L2)
 
     @property
+    def bitmaps_valid(self) -> bool:
+        """Whether every program that wrote the image kept its bitmaps in step."""
+        return bool(self.autoclear & BITMAPS_VALID)
+
+    @property
     def l2_entry_size(self) -> int:
         return 16 if self.extended_l2 else 8
 
@@ -146,11 +153,14 @@ class Extensions:
     backing_format: str | None = None
     data_file: str | None = None
     bitmaps: int = 0
+    bitmap_directory: tuple[int, int] | None = None
+    """Offset and length in the file, as is ``crypto_header``."""
+    crypto_header: tuple[int, int] | None = None
 
     @classmethod
     def parse(cls, data: bytes, start: int) -> Extensions:
         """``data`` is the header cluster, ``start`` where the extensions begin."""
-        backing_format = data_file = None
+        backing_format = data_file = bitmap_directory = crypto_header = None
         bitmaps = 0
         at = start
         for _ in range(MAX_EXTENSIONS):
@@ -166,7 +176,10 @@ class Extensions:
                 backing_format = body.decode("utf-8", "replace")
             elif kind == EXT_DATA_FILE:
                 data_file = body.decode("utf-8", "replace")
-            elif kind == EXT_BITMAPS and length >= 4:
-                bitmaps = int.from_bytes(body[:4], "big")
+            elif kind == EXT_BITMAPS and length >= 24:
+                bitmaps, _, size, offset = struct.unpack_from(">IIQQ", body)
+                bitmap_directory = offset, size
+            elif kind == EXT_CRYPTO_HEADER and length >= 16:
+                crypto_header = struct.unpack_from(">QQ", body)
             at += 8 + length + -length % 8
-        return cls(backing_format, data_file, bitmaps)
+        return cls(backing_format, data_file, bitmaps, bitmap_directory, crypto_header)

@@ -9,8 +9,9 @@ beyond it, the files win: the layout written here is the one that Windows 8 and 
 
 Design notes
 - All integers are big-endian. The BAT holds the 512-byte sector of each block's bitmap, all ones when not allocated.
-- Windows puts the bitmap at the end of a 4 KiB pad, so that data is 4 KiB-aligned, and the footer where the next
-  bitmap would go. A disk laid out otherwise works, but Windows reports it as not aligned.
+- Windows fills the BAT's last page with ones, puts the bitmap at the end of a 4 KiB pad, so that data is 4
+  KiB-aligned, and the footer where the next bitmap would go. A disk laid out otherwise works, but Windows reports
+  it as not aligned.
 - The guest's size is the current size, except for two creators that rounded to a geometry (`CHS_CREATORS`).
 - In a dynamic disk the bitmap is not consulted: every writer leaves zeros under a clear bit.
 
@@ -86,6 +87,10 @@ class Footers:
         self.tail = self._parse(file, self.tail_offset, problems) if self.tail_offset > 0 else None
         # A fixed disk has no copy: what looks like one at 0 is the guest's.
         if self.tail is not None and self.tail.disk_type == FIXED:
+            self.head = None
+        elif self.tail is None and self.head is not None and self.head.disk_type == FIXED:
+            missing = "a fixed disk ends in its footer, and there is none"
+            problems.insert(0, CorruptImage(missing, offset=max(0, self.tail_offset)))
             self.head = None
         found = self.tail or self.head
         if found is None:
@@ -344,8 +349,8 @@ class DynamicLayout:
         self._slots = SlotMap(blocks)
         self.prefix = b"\xff" * header.bitmap_size
         pad = round_up(header.bitmap_size, PAGE)
-        self._bat_end = header.bat_offset + round_up(header.max_entries * 4, SECTOR)
-        self._first_data = round_up(self._bat_end, PAGE) + pad
+        self._bat_end = round_up(header.bat_offset + header.max_entries * 4, PAGE)
+        self._first_data = self._bat_end + pad
         self._stride = pad + header.block_size
 
     @property

@@ -78,6 +78,8 @@ class Footer:
     @classmethod
     def parse(cls, data: bytes, *, offset: int = 0) -> Footer:
         """From 512 bytes, or the 511 of files older than 2004. CorruptImage when the checksum is wrong."""
+        if len(data) < SECTOR - 1:
+            raise InvalidImage(f"no VHD footer: {len(data)} bytes are left, 511 or 512 are needed", offset=offset)
         data = data.ljust(SECTOR, b"\0")
         if data[:8] != FOOTER_COOKIE:
             raise InvalidImage(f"no VHD footer: cookie {data[:8]!r}, expected {FOOTER_COOKIE!r}", offset=offset)

@@ -7,7 +7,6 @@ The names in ``__all__`` are the promise; everything else may move. They are loa
 from __future__ import annotations
 
 import importlib
-import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -56,8 +55,6 @@ __all__ = [
     "open_image",
     "prepare",
 ]
-
-logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> object:

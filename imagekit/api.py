@@ -17,7 +17,7 @@ from uuid import UUID
 
 from imagekit import policy
 from imagekit.changes import apply as apply_changes
-from imagekit.convert import convert_image, planned, target_format
+from imagekit.conversion import convert_image, planned, target_format
 from imagekit.errors import SourceError, UnsupportedFeature, UsageError
 from imagekit.formats import registry
 from imagekit.formats.base import JSON, DiskImage, ImageInfo, Problem
@@ -29,9 +29,9 @@ from imagekit.sources import located, open_source
 from imagekit.verify import first_difference
 
 if TYPE_CHECKING:
-    from imagekit.boot.result import BootResult, Evidence
     from imagekit.bundle import Bundle, ConfigDrive
     from imagekit.guest import SpecLike
+    from imagekit.launch.result import BootResult, Evidence
 
 PathLike = str | os.PathLike[str]
 
@@ -270,8 +270,8 @@ def boot(
     on_event: Callable[[Evidence], None] | None = None,
     cancel: threading.Event | None = None,
 ) -> BootResult:
-    """Boot a bundle and say how far it came; see :func:`imagekit.boot.rehearsal.rehearse`."""
-    from imagekit.boot.rehearsal import rehearse
+    """Boot a bundle and say how far it came; see :func:`imagekit.launch.rehearsal.rehearse`."""
+    from imagekit.launch.rehearsal import rehearse
 
     if on != "qemu":
         raise UnsupportedFeature(f"booting on {on!r} is not supported yet", hint="use on='qemu', the rehearsal")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imagekit.cloudinit.configdrive import build_config_drive
-from imagekit.convert import convert_image
+from imagekit.conversion import convert_image
 from imagekit.errors import TargetError, UnsupportedFeature, UsageError
 from imagekit.formats.base import GiB, MiB
 from imagekit.guest import Guest

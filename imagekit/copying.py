@@ -94,18 +94,15 @@ def _make_copier(
         prefix = layout.prefix if chunk.first_of_block else b""
         extents = [extent for extent in image.extents(chunk.start, chunk.length) if extent.data]
         data, copied = sum(extent.length for extent in extents), 0
-        if _kernel_can(extents):
-            if prefix:
-                target.pwrite(chunk.target - len(prefix), prefix)
-                prefix = b""
+        by_kernel = _kernel_can(extents)
+        if prefix and (by_kernel or not extents or extents[0].start > chunk.start):
+            target.pwrite(chunk.target - len(prefix), prefix)
+            prefix = b""
+        if by_kernel:
             copied = _copy_by_kernel(extents, chunk, source, target)
         if copied < data:
             for start, length in _behind(extents, copied):
-                at = chunk.target + start - chunk.start
-                if prefix and start > chunk.start:
-                    target.pwrite(chunk.target - len(prefix), prefix)
-                    prefix = b""
-                through_buffer(start, length, at, prefix)
+                through_buffer(start, length, chunk.target + start - chunk.start, prefix)
                 prefix = b""
         counter.add(chunk.length, data, copied)
 

@@ -1,6 +1,6 @@
 """The tour: from a cloud image to a booted guest on input that it makes itself, in less than a minute.
 
-The guest is the tiny one of imagekit.boot.tiny_guest: a boot sector that reads the disk all over, finds the config
+The guest is the tiny one of imagekit.launch.tiny_guest: a boot sector that reads the disk all over, finds the config
 drive and says so. Everything else is what a user would do, through the same functions.
 """
 
@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imagekit import api
-from imagekit.boot.evidence import DEFAULT_MARKER
-from imagekit.boot.result import BootResult
-from imagekit.boot.tiny_guest import write_tiny_guest
 from imagekit.bundle import Bundle
 from imagekit.errors import BootFailed, ImagekitError, TargetError, ToolError
+from imagekit.launch.evidence import DEFAULT_MARKER
+from imagekit.launch.result import BootResult
+from imagekit.launch.tiny_guest import write_tiny_guest
 from imagekit.qemu_img import find_qemu_img
 from imagekit.report import SCHEMA
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from uuid import UUID, uuid4, uuid5
 
 from imagekit.cloudinit.model import Network, Spec, derive_mac, load_spec, parse_spec
-from imagekit.errors import UsageError
+from imagekit.errors import InvalidSpec, UsageError
 from imagekit.machine import Nic
 
 SpecLike = Spec | Mapping[str, object] | str | os.PathLike[str]
@@ -63,20 +63,17 @@ def make_guest(
     if mac is not None and parsed.network is not None and not dhcp:
         raise UsageError("a MAC address and a network with links", hint="write the MAC into the network's link")
     if mac is not None or dhcp:
-        asked = _dhcp(mac or derive_mac(uuid))
+        try:
+            asked = Network.dhcp(mac or derive_mac(uuid))
+        except ValueError:
+            raise InvalidSpec(
+                f"{mac!r} is not the MAC address of an adapter", hint="write it like 02:15:5d:00:00:01"
+            ) from None
         mac = asked.links[0].mac
         parsed = parsed.model_copy(update={"network": asked if dhcp else None})
     elif parsed.network is not None:
         mac = parsed.network.links[0].mac
-    return Guest(parsed, parsed.uuid, mac or derive_mac(uuid))
-
-
-def _dhcp(mac: str) -> Network:
-    """One link that asks DHCP; InvalidSpec when the address is none."""
-    network = {"links": [{"id": "eth0", "mac": mac}], "networks": [{"link": "eth0", "type": "ipv4_dhcp"}]}
-    parsed = parse_spec({"name": "guest", "network": network}).network
-    assert parsed is not None
-    return parsed
+    return Guest(parsed, uuid, mac or derive_mac(uuid))
 
 
 def _read(spec: SpecLike | None, given: dict[str, object], defaults: dict[str, object]) -> Spec:

@@ -155,18 +155,14 @@ def target_size(source_size: int, wanted: int | None) -> tuple[int, tuple[str, .
 
 def find_blocks(image: DiskImage, block_size: int, *, control: Control = SILENT) -> Iterator[tuple[int, int]]:
     """Runs (first, count) of blocks that hold something other than zeros."""
-    probe = _Probe(image)
+    probe = _Probe(image, control)
     run_start = run_end = 0
-    told = 0
     for first, last in _blocks_with_data(image, block_size, probe):
         if first > run_end:
             if run_end > run_start:
                 yield run_start, run_end - run_start
             run_start = first
         run_end = max(run_end, last)
-        if last * block_size - told >= TELL_EVERY:
-            told = last * block_size
-            control.tell("plan", min(told, image.virtual_size), image.virtual_size)
     if run_end > run_start:
         yield run_start, run_end - run_start
     control.tell("plan", image.virtual_size, image.virtual_size)
@@ -179,6 +175,7 @@ def _blocks_with_data(image: DiskImage, block_size: int, probe: _Probe) -> Itera
         if not extent.data:
             continue
         first, end = extent.start // block_size, -(-extent.end // block_size)
+        probe.at(extent.start)
         if extent.compressed:
             yield first, end
             known = end
@@ -190,15 +187,25 @@ def _blocks_with_data(image: DiskImage, block_size: int, probe: _Probe) -> Itera
 
 
 class _Probe:
-    """Looks whether a range holds anything but zeros; one pair of buffers for all looks."""
+    """Looks whether a range holds anything but zeros; one buffer for all looks, and a look at the caller's wishes."""
 
-    def __init__(self, image: DiskImage) -> None:
+    def __init__(self, image: DiskImage, control: Control) -> None:
         self._image = image
+        self._control = control
         self._buffer = bytearray(PROBE)
+        self._told = 0
+
+    def at(self, position: int) -> None:
+        """Tell how far it has come, now and then; Cancelled at once."""
+        self._control.check()
+        if position - self._told >= TELL_EVERY:
+            self._told = position
+            self._control.tell("plan", position, self._image.virtual_size)
 
     def has_data(self, start: int, end: int) -> bool:
         piece = FIRST_PROBE  # nearly all data shows itself at once; zeros have to be read whole
         while start < end:
+            self.at(start)
             length = min(piece, end - start)
             if length == PROBE:
                 self._image.pread_into(start, memoryview(self._buffer))

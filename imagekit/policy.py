@@ -116,7 +116,9 @@ class Finding:
 
 
 def _finding(code: str, message: str, offset: int | None = None) -> Finding:
-    return Finding(code, message, RULES[code].severity, offset)
+    # A format from elsewhere may state facts that no rule is about: they are shown, and refuse nothing.
+    severity = RULES[code].severity if code in RULES else Severity.WARN
+    return Finding(code, message, severity, offset)
 
 
 def judge_claims(claims: list[Claim], declared: str | None) -> Iterator[Finding]:

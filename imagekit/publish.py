@@ -112,8 +112,7 @@ class Pending:
         fd = self._open_nameless(mode)
         if fd is None:
             remove_stale_parts(target)
-            self.part = _part_name(target)
-            fd = self._open_part(mode)
+            self.part, fd = self._open_part(mode)
         self.file = LocalFile(fd, os.fspath(target))
 
     def _open_nameless(self, mode: int) -> int | None:
@@ -127,25 +126,31 @@ class Pending:
                 return None
             raise _cannot_create(error, self.target) from error
 
-    def _open_part(self, mode: int) -> int:
-        assert self.part is not None
-        try:
-            fd = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, mode)
-        except OSError as error:
-            raise _cannot_create(error, self.target) from error
-        lock_exclusively(fd)
-        return fd
+    def _open_part(self, mode: int) -> tuple[Path, int]:
+        while True:
+            part = _part_name(self.target)
+            try:
+                fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, mode)
+            except OSError as error:
+                raise _cannot_create(error, self.target) from error
+            # Before the lock is taken another run may take it for one that a killed run left, and remove it.
+            if lock_exclusively(fd) and part.exists():
+                return part, fd
+            os.close(fd)
 
     def commit(self, *, overwrite: bool, sync: bool) -> None:
         """Make the file durable (unless told not to) and give it its name. TargetError when that is taken."""
         if sync:
             self.file.flush()
         if self.part is None and overwrite:
-            self.part = _part_name(self.target)
-            self._link(self.part)
+            # Linked only to be renamed at once; what a run killed in between left is removed by the next.
+            remove_stale_parts(self.target)
             fd = self.file.fileno()
             assert fd is not None
             lock_exclusively(fd)
+            part = _part_name(self.target)
+            self._link(part)
+            self.part = part
         if self.part is None:
             self._link(self.target)
         else:
@@ -155,7 +160,8 @@ class Pending:
             try:
                 flush_folder(self.target.parent)
             except TargetError:
-                self.target.unlink()  # a name that may be gone after a power cut is not published
+                if not overwrite:  # the old file is gone already: the new one, complete, is better than none
+                    self.target.unlink()  # a name that may be gone after a power cut is not published
                 raise
 
     def _link(self, name: Path) -> None:

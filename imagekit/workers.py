@@ -22,10 +22,9 @@ M_MMAP_THRESHOLD = -3
 
 def usable_cores() -> int:
     """Processors this process may run on."""
-    try:
+    if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Windows and macOS
-        return os.cpu_count() or 1
+    return os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:

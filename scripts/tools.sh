@@ -12,6 +12,7 @@ qemu-system-x86_64                      qemu-system-x86
 "
 test="$demo
 /usr/share/OVMF                         ovmf
+objdump                                 binutils
 xorriso                                 xorriso
 isoinfo                                 genisoimage
 7z                                      p7zip-full

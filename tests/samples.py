@@ -75,8 +75,7 @@ def _manifest(folder: Path) -> dict[str, Sample]:
     entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     keys = [field.name for field in dataclasses.fields(Sample) if field.name != "name"]
     samples = (
-        Sample(name=entry["file"].removesuffix(".xz"), **{key: entry[key] for key in keys})
-        for entry in entries
+        Sample(name=entry["file"].removesuffix(".xz"), **{key: entry[key] for key in keys}) for entry in entries
     )
     return {known.name: known for known in samples}
 

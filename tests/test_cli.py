@@ -304,7 +304,7 @@ def test_sizes_are_shown_in_bytes_too() -> None:
     assert short_size(1023 * MiB) == "1023 MiB"
 
 
-TOY = '''
+TOY = """
 from imagekit.formats.base import DiskFormat, DiskImage, ImageInfo
 from imagekit.formats.raw import RawImage, FlatWriter
 
@@ -330,7 +330,7 @@ class Toy(DiskFormat):
 
 
 FORMAT = Toy()
-'''
+"""
 
 
 def test_adding_a_format_is_adding_a_file(

@@ -40,7 +40,7 @@ def test_without_a_network_the_machine_has_an_adapter_and_the_drive_says_nothing
 
 def test_the_mac_on_the_drive_is_the_mac_of_the_machine() -> None:
     for arguments in ({"network": "dhcp"}, {"network": "dhcp", "mac": "02-15-5D-00-00-07"}, {"network": STATIC}):
-        guest = make_guest(name="web", uuid=UUID, **arguments)  # type: ignore[arg-type]
+        guest = make_guest(name="web", uuid=UUID, **arguments)
         assert guest.spec.network is not None
         assert [nic.mac for nic in guest.nics] == [link.mac for link in guest.spec.network.links]
 

@@ -145,7 +145,18 @@ def test_a_legacy_network_adapter_needs_generation_1() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/etc/shadow", "../d.vhd", "a/../../d.vhd", "a//d.vhd", "./d.vhd", "a\\d.vhd", "C:d.vhd", "", "d\n.vhd", "d*.vhd"],
+    [
+        "/etc/shadow",
+        "../d.vhd",
+        "a/../../d.vhd",
+        "a//d.vhd",
+        "./d.vhd",
+        "a\\d.vhd",
+        "C:d.vhd",
+        "",
+        "d\n.vhd",
+        "d*.vhd",
+    ],
 )
 def test_a_medium_never_lies_outside_the_bundle(path: str) -> None:
     with pytest.raises(InvalidSpec, match=r"media\.0\.path"):
@@ -217,7 +228,7 @@ def test_a_missing_machine_json_says_where_bundles_come_from(tmp_path: Path) -> 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Machine:
     """A machine whose two media lie in ``tmp_path``, with their digests."""
-    media = []
+    media: list[dict[str, Any]] = []
     for medium in (DISK, DVD):
         data = bytes([len(media) + 1]) * int(str(medium["size"]))
         (tmp_path / str(medium["path"])).write_bytes(data)

@@ -89,9 +89,7 @@ def test_the_sdist_holds_the_sources_with_tests_and_fixtures(dist: Path, files: 
     assert missing == set()
 
 
-def test_an_installed_wheel_leaves_the_names_formats_and_cloudinit_to_others(
-    wheel: Path, tmp_path: Path
-) -> None:
+def test_an_installed_wheel_leaves_the_names_formats_and_cloudinit_to_others(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     pip = [
         sys.executable,

@@ -25,7 +25,7 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture
 def workshop(tmp_path: Path) -> Path:
     """A folder with the files that the examples name; the tiny guest stands in for debian.qcow2."""
-    from fixtures.tiny_guest import write_tiny_guest
+    from imagekit.launch.tiny_guest import write_tiny_guest
 
     write_tiny_guest(tmp_path / "tiny.raw")
     subprocess.run(
@@ -72,5 +72,7 @@ def test_the_exit_codes_are_those_of_the_program() -> None:
 
 def test_the_rules_named_exist_and_refuse() -> None:
     section = README.split("## What it refuses")[1].split("## ")[0]
-    named = {code for row in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for code in re.findall("`([^`]+)`", row)}
+    named = {
+        code for row in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for code in re.findall("`([^`]+)`", row)
+    }
     assert named == {code for code, rule in RULES.items() if rule.severity.value == "refuse"}

@@ -96,7 +96,9 @@ def run(arguments: list[str]) -> int:
         return TERMINATED
     except BrokenPipeError:
         sys.stdout = None  # nobody reads: do not complain again at exit
-        return 128 + signal.SIGPIPE if sys.platform != "win32" else INTERNAL
+        if sys.platform == "win32":
+            return INTERNAL
+        return 128 + signal.SIGPIPE
     except Exception as error:
         traceback.print_exc()
         internal = ImagekitError(

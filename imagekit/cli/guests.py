@@ -26,7 +26,7 @@ from imagekit.errors import BootFailed, UsageError
 from imagekit.workers import keep_freed_memory
 
 if TYPE_CHECKING:
-    from imagekit.boot.result import BootResult, Evidence
+    from imagekit.launch.result import BootResult, Evidence
 
 app = typer.Typer()
 

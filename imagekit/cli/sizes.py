@@ -17,7 +17,8 @@ def parse_size(text: str) -> int:
         raise UsageError(f"{text!r} is not a size", hint="write it like 20G, 512MiB or 1073741824")
     whole, fraction, unit = match[1], match[2] or "", match[3]
     factor = 1 << (10 * (_UNITS.index(unit.lower()) + 1)) if unit else 1
-    value, rest = divmod(int(whole + fraction) * factor, 10 ** len(fraction))
+    divisor: int = 10 ** len(fraction)
+    value, rest = divmod(int(whole + fraction) * factor, divisor)
     if rest:
         raise UsageError(f"{text!r} is not a whole number of bytes", hint="write it in a smaller unit")
     return value

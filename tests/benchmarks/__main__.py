@@ -1,7 +1,7 @@
 """``make bench``: convert the same image with imagekit and with qemu-img, in turn, and compare medians.
 
-Interpreter start is included, the cache is warm, and neither side waits for the medium (``--no-sync``). Only ratios of
-pairs are worth quoting: the machine's own speed drifts.
+Interpreter start is included, the cache is warm, and neither side waits for the medium (``--no-sync``). Only ratios
+of pairs are worth quoting: the machine's own speed drifts.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Run:
 
 def measure(command: list[str]) -> Run:
     """Run a command to its end."""
+    if sys.platform == "win32":
+        sys.exit("the benchmark needs Linux: a process's figures come from wait4")
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     _, status, usage = os.wait4(process.pid, 0)

@@ -17,16 +17,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
-from imagekit.boot.evidence import DEFAULT_MARKER, Reader
-from imagekit.boot.qemu_command import BLOCK_DRIVERS, Accelerator, check_supported, qemu_args, stand_ins
-from imagekit.boot.qemu_process import (
-    INSTALL_HINT,
+from imagekit.errors import Cancelled, TargetError, ToolError, UsageError
+from imagekit.launch.evidence import DEFAULT_MARKER, Reader
+from imagekit.launch.qemu_command import BLOCK_DRIVERS, Accelerator, check_supported, qemu_args, stand_ins
+from imagekit.launch.qemu_process import (
     Qemu,
     QemuDied,
     Screen,
@@ -34,10 +34,9 @@ from imagekit.boot.qemu_process import (
     find_program,
     running,
 )
-from imagekit.boot.result import BootResult, Evidence, Stage, Verdict
-from imagekit.boot.screen import ppm_to_png
-from imagekit.boot.watch import Ending, Watch
-from imagekit.errors import Cancelled, TargetError, ToolError, UsageError
+from imagekit.launch.result import BootResult, Evidence, Stage, Verdict
+from imagekit.launch.screen import ppm_to_png
+from imagekit.launch.watch import Ending, Watch
 from imagekit.machine import FILE_NAME, Machine
 
 CONSOLE_NAME = "rehearsal-console.log"
@@ -45,6 +44,7 @@ SCREEN_NAME = "rehearsal-screen.png"
 MAX_CONSOLE = 16 << 20
 MAX_MARKER = 200
 TICK_SECONDS = 0.1
+CLEANUP_SECONDS = 5.0
 SCREEN_SECONDS = 2.0
 
 KVM_DEVICE = Path("/dev/kvm")
@@ -86,8 +86,12 @@ def rehearse(
     machine.check_media(folder)
     keep = Path(out).resolve() if out is not None else folder
     if not keep.is_dir() or not os.access(keep, os.W_OK):
-        raise TargetError("not a folder that can be written to", hint="name one with --out", path=keep)
-    with tempfile.TemporaryDirectory(prefix="imagekit-boot-", ignore_cleanup_errors=True) as scratch:
+        raise TargetError(
+            "not a folder that can be written to", hint="name another one for the records (out)", path=keep
+        )
+    with _writing("temporary files"):
+        temporary = tempfile.TemporaryDirectory(prefix="imagekit-boot-", ignore_cleanup_errors=True)
+    with temporary as scratch:
         rehearsal = _Rehearsal(
             machine=machine,
             folder=folder,
@@ -119,7 +123,7 @@ def _accelerators(wanted: Literal["auto", "kvm", "tcg"]) -> list[Accelerator]:
     if wanted == "kvm" and not kvm_usable():
         raise ToolError(
             f"{KVM_DEVICE} cannot be opened",
-            hint="use --accelerator tcg, or join the group kvm",
+            hint="use accelerator tcg, or join the group kvm",
             path=KVM_DEVICE,
         )
     if wanted == "auto":
@@ -134,13 +138,26 @@ def _keep(file: Path | None, target: Path) -> Path | None:
         return None
     part = target.with_name(target.name + ".part")
     try:
-        part.write_bytes(file.read_bytes())
-        part.replace(target)
-    except OSError as error:
+        with _writing("the record", target):
+            part.write_bytes(file.read_bytes())
+            part.replace(target)
+    except TargetError:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise TargetError(f"cannot be written: {error.strerror or error}", path=target) from error
+        raise
     return target
+
+
+@contextlib.contextmanager
+def _writing(what: str, path: Path | None = None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TargetError(
+            f"{what} cannot be written: {error.strerror or error}",
+            hint="free some space; temporary files go to the folder TMPDIR",
+            path=path,
+        ) from error
 
 
 def _run_in_thread(
@@ -170,8 +187,10 @@ async def _until(
     task = asyncio.ensure_future(rehearsal.run(accelerators))
     while not task.done():
         if wants_to_leave():
+            # Again if need be: before Python 3.12 wait_for() may swallow it.
             task.cancel()
-            await asyncio.wait({task})
+            while not (await asyncio.wait({task}, timeout=CLEANUP_SECONDS))[0]:
+                task.cancel()
             raise Cancelled("the rehearsal was cancelled")
         await asyncio.wait({task}, timeout=TICK_SECONDS)
     return task.result()
@@ -233,13 +252,14 @@ class _Rehearsal:
                 trouble = run.trouble
             except QemuDied as error:
                 trouble = str(error)
-                if self._sandbox and "sandbox" in trouble:
+                if self._sandbox and "-sandbox support" in trouble:
                     # Built without seccomp. The guest is still only QEMU's, so going on is better than not.
                     self._sandbox = False
                     continue
             del remaining[0]
             if not remaining:
-                raise ToolError(trouble, hint=_hint(accelerator), path=self._program)
+                hint = "KVM does not work here: use accelerator auto or tcg" if accelerator == "kvm" else None
+                raise ToolError(trouble, hint=hint, path=self._program)
             self._restart(f"{trouble}; starting again without KVM")
 
     def _restart(self, why: str) -> None:
@@ -277,14 +297,22 @@ class _Rehearsal:
 
         log = self._scratch / f"console-{accelerator}.log"
         with log.open("wb", buffering=0) as console:
-            async with running(command, folder=self._scratch) as qemu:
+
+            def on_console(data: bytes) -> None:
+                with _writing("the console's record"):
+                    console.write(data[: max(0, MAX_CONSOLE - console.tell())])
+                self._note(watch.console(data, self.now()))
+
+            async with running(command, folder=self._scratch, on_console=on_console) as qemu:
                 start = [f"QEMU {qemu.version}, {accelerator}", *stand_ins(self._machine)]
                 self._note([Evidence(round(self.now(), 1), "started", "imagekit", line) for line in start])
-                ending, screen = await self._follow(qemu, watch, console)
+                ending, screen = await self._follow(qemu, watch)
+        self._note(watch.finish(self.now()))
         picture = None
         if screen is not None:
             picture = self._scratch / "screen.png"
-            picture.write_bytes(ppm_to_png(screen.ppm))
+            with _writing("the screenshot"):
+                picture.write_bytes(ppm_to_png(screen.ppm))
         verdict = watch.verdict(ending)
         return _Run(accelerator, verdict, watch.reader.stage, ending, watch.trouble, log, picture)
 
@@ -300,35 +328,21 @@ class _Rehearsal:
             files.append(file)
         return files
 
-    async def _follow(self, qemu: Qemu, watch: Watch, console: BinaryIO) -> tuple[Ending, Screen | None]:
+    async def _follow(self, qemu: Qemu, watch: Watch) -> tuple[Ending, Screen | None]:
         """Watch the machine until the run is over; also returns the last picture of its display."""
-        pump = asyncio.create_task(self._pump(qemu, watch, console))
         stopped = False
         next_screen = self.now() + SCREEN_SECONDS
-        try:
-            while (ending := watch.ending(self.now())) is None:
-                if pump.done():
-                    pump.result()
-                if not stopped and (state := await qemu.stopped()) is not None:
-                    stopped = True
-                    _refuse_full_disk(state[0], self._scratch)
-                    self._note(watch.stopped(*state, self.now()))
-                self._note(watch.tick(self.now()))
-                if self.now() >= next_screen:
-                    await self._look(qemu, watch)
-                    next_screen = self.now() + SCREEN_SECONDS
-                await asyncio.sleep(TICK_SECONDS)
-            return ending, await self._look(qemu, watch)
-        finally:
-            pump.cancel()
-            await asyncio.wait({pump})
-
-    async def _pump(self, qemu: Qemu, watch: Watch, console: BinaryIO) -> None:
-        room = MAX_CONSOLE
-        async for data in qemu.read_console():
-            console.write(data[:room])
-            room -= len(data[:room])
-            self._note(watch.console(data, self.now()))
+        while (ending := watch.ending(self.now())) is None:
+            if (state := await qemu.stopped()) is not None and not stopped:
+                stopped = True
+                _refuse_full_disk(state[0], self._scratch)
+                watch.stopped(*state)
+            self._note(watch.tick(self.now()))
+            if self.now() >= next_screen:
+                await self._look(qemu, watch)
+                next_screen = self.now() + SCREEN_SECONDS
+            await asyncio.sleep(TICK_SECONDS)
+        return ending, await self._look(qemu, watch)
 
     async def _look(self, qemu: Qemu, watch: Watch) -> Screen | None:
         screen = await qemu.screen()
@@ -344,7 +358,3 @@ def _refuse_full_disk(status: str, scratch: Path) -> None:
             hint="free some space, or set TMPDIR to a larger folder",
             path=scratch,
         )
-
-
-def _hint(accelerator: Accelerator) -> str:
-    return "KVM does not work here: use --accelerator tcg" if accelerator == "kvm" else INSTALL_HINT

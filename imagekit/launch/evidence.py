@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from imagekit.boot.result import STAGES, Evidence, Source, Stage
+from imagekit.launch.result import STAGES, Evidence, Source, Stage
 
 MAX_LINE = 4096
 """Longer lines are judged in pieces of this many bytes."""

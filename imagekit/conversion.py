@@ -126,6 +126,9 @@ def _write(
         _verify(conversion, pending, options, control)
         source.check_unchanged()
         control.tell("sync", 0, plan.file_size)
+        if options.sync:
+            pending.file.flush()
+        control.check()  # the last look: what has its name stays
         pending.commit(overwrite=options.overwrite, sync=options.sync)
     return copied
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from imagekit.boot.evidence import Reader
-from imagekit.boot.result import Evidence, Verdict
+from imagekit.launch.evidence import Reader
+from imagekit.launch.result import Evidence, Verdict
 
 SETTLE_SECONDS = 1.0
 """After decisive evidence: lets the line be finished and the screen be drawn."""
@@ -70,15 +70,17 @@ class Watch:
         self._paused = True
         return self._note(self.reader.pause(now), now)
 
-    def stopped(self, status: str, reason: str, now: float) -> list[Evidence]:
+    def stopped(self, status: str, reason: str) -> None:
         """QEMU stopped the machine: its run state, and the reason of the SHUTDOWN event if there was one."""
-        found = self._note(self.reader.pause(now), now)
         if status == "internal-error":
             self.trouble = "KVM stopped with an internal error"
             self._stopped = "accelerator"
         else:
             self._stopped = "reset" if reason in ("guest-reset", "guest-panic") else "powered-off"
-        return found
+
+    def finish(self, now: float) -> list[Evidence]:
+        """QEMU is gone and its last word read: a line cut off counts as a whole one."""
+        return self._note(self.reader.pause(now), now)
 
     def ending(self, now: float) -> Ending | None:
         """Why the run is over at ``now``, or None while it goes on."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagekit.boot.evidence import MAX_LINE, MAX_QUOTE, Reader, escape, plain
-from imagekit.boot.result import STAGES, Stage
+from imagekit.launch.evidence import MAX_LINE, MAX_QUOTE, Reader, escape, plain
+from imagekit.launch.result import STAGES, Stage
 
 DEBIAN = b"""\
 SeaBIOS (version 1.16.2-debian-1.16.2-1)\r
@@ -47,7 +49,7 @@ def test_a_whole_boot_is_read_stage_by_stage() -> None:
 def test_the_pieces_the_text_comes_in_make_no_difference(cuts: list[int]) -> None:
     reader = Reader()
     edges = [0, *sorted(cuts), len(DEBIAN)]
-    found = [item for a, b in zip(edges, edges[1:], strict=False) for item in reader.feed(DEBIAN[a:b], 1.0)]
+    found = [item for a, b in itertools.pairwise(edges) for item in reader.feed(DEBIAN[a:b], 1.0)]
     assert found == Reader().feed(DEBIAN, 1.0)
 
 

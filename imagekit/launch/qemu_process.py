@@ -24,17 +24,18 @@ from pathlib import Path
 
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
-from imagekit.boot.evidence import escape
-from imagekit.boot.screen import (
+from imagekit.errors import ToolError
+from imagekit.launch.evidence import escape
+from imagekit.launch.screen import (
     TEXT_MODE_PICTURES,
     TEXT_PAGE_ADDRESS,
     TEXT_PAGE_SIZE,
     ppm_size,
     text_lines,
 )
-from imagekit.errors import ToolError
 
 QMP_TIMEOUT = 20.0
+LAST_WORDS_SECONDS = 1.0
 MAX_STDERR = 64 << 10
 MAX_PICTURE = 64 << 20
 
@@ -59,7 +60,7 @@ if sys.platform == "win32":
 else:
     _NO_WINDOW = 0
 
-_logger = logging.getLogger("imagekit.boot.qmp")
+_logger = logging.getLogger("imagekit.launch.qmp")
 _logger.addHandler(logging.NullHandler())
 
 
@@ -84,7 +85,7 @@ def find_program(name: str) -> str:
     found = shutil.which(name, path=os.pathsep.join(places))
     if found is None:
         raise ToolError(f"{name} was not found", hint=INSTALL_HINT)
-    return str(Path(found).resolve())
+    return str(Path(found).absolute())
 
 
 async def create_overlay(program: str, *, disk: Path, driver: str, overlay: Path) -> None:
@@ -107,15 +108,21 @@ async def create_overlay(program: str, *, disk: Path, driver: str, overlay: Path
 class Qemu:
     """A running QEMU. Use ``async with running(…)``; it is killed at the end, never asked to leave."""
 
-    def __init__(self, process: asyncio.subprocess.Process, folder: Path) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, folder: Path, on_console: Callable[[bytes], None]
+    ) -> None:
         self._process = process
         self._folder = folder
         self._qmp = QMPClient()
         self._qmp.logger = _logger
         self._events = EventListener(names=("SHUTDOWN", "STOP"))
         self._qmp.register_listener(self._events)
-        self._errors = asyncio.create_task(self._read_errors())
         self._shutdown_reason = ""
+        # From the start: a machine that cannot print does not answer either.
+        self.failure: Exception | None = None
+        """What ``on_console`` raised, if it did."""
+        self._console = asyncio.create_task(self._read_console(on_console))
+        self._errors = asyncio.create_task(self._read_errors())
 
     async def connect(self, link: _SocketPair | _Loopback) -> None:
         """Say hello over QMP; raises QemuDied when QEMU ends instead of answering."""
@@ -139,14 +146,13 @@ class Qemu:
         assert isinstance(version, dict)
         return ".".join(str(version.get(part, "?")) for part in ("major", "minor", "micro"))
 
-    async def read_console(self) -> AsyncIterator[bytes]:
-        """What the serial port and the firmware print, as it comes; ends when QEMU does."""
-        assert self._process.stdout is not None
-        while data := await self._process.stdout.read(1 << 16):
-            yield data
-
     async def stopped(self) -> tuple[str, str] | None:
-        """The run state and the SHUTDOWN reason (or "") once the guest no longer runs, else None."""
+        """The run state and the SHUTDOWN reason (or "") once the guest no longer runs, else None.
+
+        Raises QemuDied, and what ``on_console`` raised.
+        """
+        if self.failure is not None:
+            raise self.failure
         stopped = False
         while not self._events.empty():
             event = await self._events.get()
@@ -154,7 +160,8 @@ class Qemu:
             if isinstance(data := event.get("data"), dict):
                 self._shutdown_reason = str(data.get("reason", ""))
         if not stopped:
-            await self._check_alive()
+            if self._process.returncode is not None:
+                raise await self._death()
             return None
         status = await self._execute("query-status")
         assert isinstance(status, dict)
@@ -179,7 +186,7 @@ class Qemu:
         # The stream's own complaint that the other side is gone is no news here.
         with contextlib.suppress(Exception):
             await self._qmp.disconnect()
-        await asyncio.wait({self._errors})
+        await asyncio.wait({self._console, self._errors})
 
     async def _text(self) -> list[str]:
         page = self._folder / "screen.txt"
@@ -196,14 +203,22 @@ class Qemu:
         except (QMPError, EOFError, OSError) as error:
             raise await self._death() from error
 
-    async def _check_alive(self) -> None:
-        if self._process.returncode is not None:
-            raise await self._death()
-
     async def _death(self) -> QemuDied:
+        # The channel closes a moment before the process ends and says why.
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._process.wait(), LAST_WORDS_SECONDS)
         await _end(self._process)
         said = _tail(await self._errors)
         return QemuDied(f"QEMU ended with status {self._process.returncode}" + (f": {said}" if said else ""))
+
+    async def _read_console(self, on_console: Callable[[bytes], None]) -> None:
+        assert self._process.stdout is not None
+        while data := await self._process.stdout.read(1 << 16):
+            if self.failure is None:
+                try:
+                    on_console(data)
+                except Exception as error:
+                    self.failure = error
 
     async def _read_errors(self) -> bytes:
         assert self._process.stderr is not None
@@ -214,22 +229,28 @@ class Qemu:
 
 
 @contextlib.asynccontextmanager
-async def running(command: Callable[[str], list[str]], *, folder: Path) -> AsyncIterator[Qemu]:
+async def running(
+    command: Callable[[str], list[str]], *, folder: Path, on_console: Callable[[bytes], None]
+) -> AsyncIterator[Qemu]:
     """Start QEMU with what ``command`` makes of its control chardev; killed when the block is left.
 
-    ``folder`` is a private folder for what QEMU hands over as files. Raises QemuDied when it ends at once.
+    ``folder`` is a private folder for what QEMU hands over as files. ``on_console`` gets what the serial port
+    and the firmware print, as it comes; all of it before the block is left. Raises QemuDied when QEMU ends at
+    once.
     """
     qemu = None
     link: _SocketPair | _Loopback = _Loopback() if sys.platform == "win32" else _SocketPair()
     try:
         process = await _start(command(link.chardev), link, folder)
-        qemu = Qemu(process, folder)
+        qemu = Qemu(process, folder, on_console)
         await qemu.connect(link)
         yield qemu
     finally:
         if qemu is not None:
             await qemu.end()
         link.close()
+    if qemu.failure is not None:
+        raise qemu.failure
 
 
 class _SocketPair:
@@ -292,10 +313,6 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-    # Unread output would keep the pipe, and with it wait(), open.
-    if process.stdout is not None:
-        while await process.stdout.read(1 << 16):
-            pass
     await process.wait()
 
 

@@ -17,7 +17,7 @@ import random
 import struct
 from pathlib import Path
 
-from imagekit.boot.evidence import DEFAULT_MARKER
+from imagekit.launch.evidence import DEFAULT_MARKER
 
 MIB = 1 << 20
 SECTOR = 512

@@ -1,0 +1,188 @@
+"""Sources: opened once, judged, and watched for changes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from fixtures import vhd_images
+from fixtures.qcow2_images import Plain, Recipe, make
+from imagekit.errors import CorruptImage, SourceError, UnknownFormat, UnsafeImage, UnsupportedFeature
+from imagekit.formats.files import MemoryFile
+from imagekit.sources import located, open_source
+from tests.disks import content, noise
+from tests.samples import sample, sample_facts
+
+K64 = 1 << 16
+RECIPE = Recipe(size=4 * K64, clusters={0: Plain(noise(K64))})
+BACKED = Recipe(size=K64, backing="/etc/passwd")
+
+
+def written(folder: Path, data: bytes, name: str = "image") -> Path:
+    path = folder / name
+    path.write_bytes(data)
+    return path
+
+
+def test_an_image_is_opened_as_what_it_is_whatever_its_name(tmp_path: Path) -> None:
+    with open_source(written(tmp_path, make(RECIPE).data, "disk.vhd")) as source:
+        assert source.format == "qcow2"
+        assert content(source.image) == RECIPE.content()
+        assert source.findings == ()
+        source.check_unchanged()
+
+
+def test_a_fixed_vhd_is_no_raw_disk_with_a_tail(tmp_path: Path) -> None:
+    with open_source(written(tmp_path, vhd_images.fixed(noise(K64)))) as source:
+        assert (source.format, source.image.virtual_size) == ("vhd", K64)
+
+
+def test_what_no_format_claims_is_raw(tmp_path: Path) -> None:
+    with open_source(written(tmp_path, noise(1000))) as source:
+        assert (source.format, source.image.virtual_size) == ("raw", 1000)
+
+
+def test_declared_raw_takes_the_bytes_as_they_are_and_says_so(tmp_path: Path) -> None:
+    data = make(BACKED).data
+    with open_source(written(tmp_path, data), declared="raw") as source:
+        assert content(source.image) == data
+        assert [finding.rule for finding in source.findings] == ["declared-raw"]
+
+
+@pytest.mark.parametrize(
+    ("data", "declared", "rule"),
+    [
+        (make(BACKED).data, None, "backing-file"),
+        (make(Recipe(size=K64, data_file="/dev/sda")).data, None, "data-file"),
+        (vhd_images.differencing(1 << 22, "parent.vhd"), None, "parent-file"),
+        (make(RECIPE).data + vhd_images.Footer(size=512, disk_type=2).bytes(), None, "ambiguous"),
+        (make(RECIPE).data, "vhd", "format-mismatch"),
+        (make(Recipe(size=K64, incompatible=1 << 40)).data, None, "unknown-feature"),
+        (make(Recipe(size=K64, incompatible=2)).data, None, "corrupt-bit"),
+        (make(RECIPE).poked(32, 2, 4).data, None, "encrypted"),
+    ],
+)
+def test_what_the_policy_refuses_is_described_if_only_asked_about(
+    data: bytes, declared: str | None, rule: str, tmp_path: Path
+) -> None:
+    """`info` opens what `convert` refuses, and tells the finding."""
+    path = written(tmp_path, data)
+    with pytest.raises(UnsafeImage) as caught:
+        open_source(path, declared=declared)
+    assert (caught.value.rule, caught.value.path) == (rule, str(path))
+    if rule != "format-mismatch":
+        with open_source(path, declared=declared, allow=None) as source:
+            assert rule in [finding.rule for finding in source.findings]
+            assert source.image.info().virtual_size
+
+
+def test_what_the_caller_allows_is_opened(tmp_path: Path) -> None:
+    path = written(tmp_path, make(Recipe(size=K64, incompatible=2)).data)
+    with open_source(path, allow=frozenset({"corrupt-bit"})) as source:
+        assert [finding.rule for finding in source.findings] == ["corrupt-bit"]
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"", UnknownFormat),
+        (b"vhdxfile" + bytes(1000), UnsupportedFeature),
+        (b"KDMV" + bytes(1000), UnsupportedFeature),
+        (b"QFI\xfb\0\0\0\1" + bytes(1000), UnsupportedFeature),
+        (make(RECIPE).data[: 3 * K64], CorruptImage),
+    ],
+    ids=["empty", "vhdx", "vmdk", "qcow1", "truncated"],
+)
+def test_what_cannot_be_opened_is_an_error_with_the_files_name(
+    data: bytes, kind: type[Exception], tmp_path: Path
+) -> None:
+    path = written(tmp_path, data)
+    with pytest.raises(kind) as caught:
+        open_source(path)
+    assert str(path) in str(caught.value)
+
+
+def test_an_image_that_is_refused_is_closed_again(tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("/proc")
+    path = written(tmp_path, make(BACKED).data)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        with pytest.raises(UnsafeImage):
+            open_source(path)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+# --- changes ---------------------------------------------------------------------------------------------------
+
+
+def _overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"x")
+
+
+def _replace(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    other.replace(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be changed there")
+@pytest.mark.parametrize(
+    "change",
+    [_overwrite, lambda path: os.truncate(path, 100), lambda path: os.truncate(path, 1 << 20), _replace, os.unlink],
+    ids=["overwritten", "cut", "grown", "replaced", "removed"],
+)
+def test_a_source_that_changed_is_noticed(change: object, tmp_path: Path) -> None:
+    path = written(tmp_path, noise(K64))
+    os.utime(path, (1, 1))
+    with open_source(path) as source:
+        source.check_unchanged()
+        assert callable(change)
+        change(path)
+        with pytest.raises(SourceError, match="changed while it was read") as caught:
+            source.check_unchanged()
+    assert caught.value.hint is not None
+
+
+def test_reading_is_no_change(tmp_path: Path) -> None:
+    path = written(tmp_path, make(RECIPE).data)
+    with open_source(path) as source:
+        content(source.image)
+        path.read_bytes()
+        source.check_unchanged()
+
+
+def test_an_error_gets_the_name_of_the_file_it_is_about_unless_it_has_one() -> None:
+    with pytest.raises(CorruptImage, match="here: broken"), located(MemoryFile(name="here")):
+        raise CorruptImage("broken")
+    with pytest.raises(CorruptImage, match="there: broken"), located(MemoryFile(name="here")):
+        raise CorruptImage("broken", path="there")
+
+
+# --- real images -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("fat-differential.vhd", "parent-file"), ("win8-child.vhd", "parent-file")],
+)
+def test_a_real_differencing_disk_is_refused_and_described(name: str, rule: str) -> None:
+    path = sample(name)
+    with pytest.raises(UnsafeImage) as caught:
+        open_source(path)
+    assert caught.value.rule == rule
+    with open_source(path, allow=None) as source:
+        assert source.image.info().subformat == "differencing"
+        assert source.image.info().references[0].name.endswith((".vhd", "fat-parent.vhd"))
+
+
+@pytest.mark.parametrize("name", ["image.vhd", "afl5.img", "image.qcow", "afl9.vmdk", "ext2.vhdx"])
+def test_a_real_image_that_cannot_be_read_is_refused_in_words(name: str) -> None:
+    with pytest.raises((CorruptImage, UnsupportedFeature)) as caught:
+        open_source(sample(name))
+    assert len(str(caught.value)) > 20
+    assert sample_facts(name).note
