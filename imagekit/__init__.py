@@ -25,24 +25,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "ImagekitError": "imagekit.errors",
-    **dict.fromkeys(
-        (
-            "boot",
-            "build_config_drive",
-            "check",
-            "compare",
-            "convert",
-            "info",
-            "measure",
-            "open_image",
-            "prepare",
-        ),
-        "imagekit.api",
-    ),
-}
-
 __all__ = [
     "ImagekitError",
     "boot",
@@ -55,6 +37,8 @@ __all__ = [
     "open_image",
     "prepare",
 ]
+
+_HOMES = dict.fromkeys(__all__, "imagekit.api") | {"ImagekitError": "imagekit.errors"}
 
 
 def __getattr__(name: str) -> object:

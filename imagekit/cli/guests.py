@@ -9,8 +9,6 @@ import typer
 
 from imagekit import api
 from imagekit.cli.options import (
-    Allow,
-    ForceShare,
     Format,
     Image,
     Jobs,
@@ -33,44 +31,72 @@ app = typer.Typer()
 Spec = Annotated[
     Path | None, typer.Option("--spec", metavar="FILE", help="Guest spec, YAML or JSON; other options win over it.")
 ]
-Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the machine.")]
-Hostname = Annotated[str | None, typer.Option("--hostname", metavar="NAME", help="Host name; default: the name.")]
-Uuid = Annotated[str | None, typer.Option("--uuid", metavar="UUID", help="Instance id; random unless given.")]
-SshKey = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--ssh-key", metavar="FILE", help="Public key of who may log in; can be repeated.", show_default=False
-    ),
-]
-UserData = Annotated[
-    Path | None, typer.Option("--user-data", metavar="FILE", help="For cloud-init: #cloud-config, a script, …")
-]
-PasswordFile = Annotated[
-    Path | None, typer.Option("--password-file", metavar="FILE", help="Administrator's password, the first line.")
-]
-Network = Annotated[
-    str | None,
-    typer.Option("--network", metavar="dhcp|FILE", help="dhcp, or a file with the network section of a spec."),
-]
-Mac = Annotated[
-    str | None, typer.Option("--mac", metavar="MAC", help="MAC address; derived from the uuid otherwise.")
-]
+MAX_FILE = 4 << 20
+"""Bytes read from a file that an option names."""
+
+
+def guest_fields(
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the machine.")] = None,
+    hostname: Annotated[
+        str | None, typer.Option("--hostname", metavar="NAME", help="Host name; default: the name.")
+    ] = None,
+    uuid: Annotated[
+        str | None, typer.Option("--uuid", metavar="UUID", help="Instance id; random unless given.")
+    ] = None,
+    ssh_key: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--ssh-key", metavar="FILE", help="Public key of who may log in; can be repeated.", show_default=False
+        ),
+    ] = None,
+    user_data: Annotated[
+        Path | None, typer.Option("--user-data", metavar="FILE", help="For cloud-init: #cloud-config, a script, …")
+    ] = None,
+    password_file: Annotated[
+        Path | None,
+        typer.Option("--password-file", metavar="FILE", help="Administrator's password, the first line."),
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option("--network", metavar="dhcp|FILE", help="dhcp, or a file with the network section of a spec."),
+    ] = None,
+    mac: Annotated[
+        str | None, typer.Option("--mac", metavar="MAC", help="MAC address; derived from the uuid otherwise.")
+    ] = None,
+) -> dict[str, Any]:
+    """The spec's fields that the options give, read from the files they name."""
+    from imagekit.cloudinit.specfile import read_regular_file, read_spec_file
+
+    fields: dict[str, Any] = {"name": name, "hostname": hostname, "uuid": uuid, "mac": mac, "network": network}
+    if ssh_key:
+        texts = [read_regular_file(path, limit=MAX_FILE).decode("utf-8", "replace") for path in ssh_key]
+        fields["ssh_keys"] = [line.strip() for text in texts for line in text.splitlines() if _is_key(line)]
+        if not fields["ssh_keys"]:
+            raise UsageError(
+                "no key in the files of --ssh-key", hint="name a public key, such as ~/.ssh/id_ed25519.pub"
+            )
+    if user_data is not None:
+        fields["user_data"] = read_regular_file(user_data, limit=MAX_FILE)
+    if password_file is not None:
+        text = read_regular_file(password_file, limit=MAX_FILE).decode("utf-8", "replace")
+        fields["password"] = text.split("\n", 1)[0].rstrip("\r")
+    if network is not None and network != "dhcp":
+        values = read_spec_file(Path(network)).values
+        fields["network"] = values.get("network", values)
+    return fields
+
+
+def _is_key(line: str) -> bool:
+    return bool(line.strip()) and not line.lstrip().startswith("#")
 
 
 @app.command()
-@command
+@command(guest=guest_fields)
 def configdrive(
     ui: Ui,
+    guest: dict[str, Any],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The ISO file to write.", show_default=False)],
     spec: Spec = None,
-    name: Name = None,
-    hostname: Hostname = None,
-    uuid: Uuid = None,
-    ssh_key: SshKey = None,
-    user_data: UserData = None,
-    password_file: PasswordFile = None,
-    network: Network = None,
-    mac: Mac = None,
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
 ) -> None:
@@ -78,8 +104,7 @@ def configdrive(
 
     It is read back and compared before it gets its name, and only its owner may read it.
     """
-    guest = _guest(name, hostname, uuid, ssh_key, user_data, password_file, network, mac)
-    if spec is None and name is None:
+    if spec is None and guest["name"] is None:
         guest["name"] = "guest"
     drive = api.build_config_drive(spec, out, overwrite=overwrite, sync=not no_sync, **guest)
     ui.result(
@@ -88,20 +113,14 @@ def configdrive(
 
 
 @app.command()
-@command
+@command(guest=guest_fields, allow=allowed)
 def prepare(
     ui: Ui,
     image: Image,
+    guest: dict[str, Any],
+    allow: frozenset[str],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the bundle; made if need be.")],
     spec: Spec = None,
-    name: Name = None,
-    hostname: Hostname = None,
-    uuid: Uuid = None,
-    ssh_key: SshKey = None,
-    user_data: UserData = None,
-    password_file: PasswordFile = None,
-    network: Network = None,
-    mac: Mac = None,
     cpus: Annotated[int | None, typer.Option("--cpus", metavar="N", help="Processors.")] = None,
     memory: Annotated[int | None, size_option("--memory", help="Memory, in steps of 2 MiB.")] = None,
     switch: Annotated[str | None, typer.Option("--switch", metavar="NAME", help="Virtual switch on Hyper-V.")] = None,
@@ -116,8 +135,6 @@ def prepare(
     format: Format = None,
     no_sync: NoSync = False,
     jobs: Jobs = None,
-    allow: Allow = None,
-    force_share: ForceShare = False,
 ) -> None:
     """Make disk, config drive and machine.json of an image."""
     keep_freed_memory()
@@ -139,9 +156,9 @@ def prepare(
         source_format=format,
         sync=not no_sync,
         jobs=jobs,
-        allow=allowed(allow, force_share=force_share),
+        allow=allow,
         progress=ui.callback(),
-        **_guest(name, hostname, uuid, ssh_key, user_data, password_file, network, mac),
+        **guest,
     )
     for note in (*bundle.report.notes, *bundle.warnings):
         ui.warn(note)
@@ -166,45 +183,8 @@ def _generation(text: str | None) -> object:
     return int(text) if text in ("1", "2") else text
 
 
-def _guest(
-    name: str | None,
-    hostname: str | None,
-    uuid: str | None,
-    ssh_key: list[Path] | None,
-    user_data: Path | None,
-    password_file: Path | None,
-    network: str | None,
-    mac: str | None,
-) -> dict[str, Any]:
-    """The spec's fields that the options give, read from the files they name."""
-    from imagekit.cloudinit.specfile import read_regular_file, read_spec_file
-
-    fields: dict[str, Any] = {"name": name, "hostname": hostname, "uuid": uuid, "mac": mac, "network": network}
-    limit = 4 << 20
-    if ssh_key:
-        texts = [read_regular_file(path, limit=limit).decode("utf-8", "replace") for path in ssh_key]
-        fields["ssh_keys"] = [line.strip() for text in texts for line in text.splitlines() if _is_key(line)]
-        if not fields["ssh_keys"]:
-            raise UsageError(
-                "no key in the files of --ssh-key", hint="name a public key, such as ~/.ssh/id_ed25519.pub"
-            )
-    if user_data is not None:
-        fields["user_data"] = read_regular_file(user_data, limit=limit)
-    if password_file is not None:
-        text = read_regular_file(password_file, limit=limit).decode("utf-8", "replace")
-        fields["password"] = text.split("\n", 1)[0].rstrip("\r")
-    if network is not None and network != "dhcp":
-        values = read_spec_file(Path(network)).values
-        fields["network"] = values.get("network", values)
-    return fields
-
-
-def _is_key(line: str) -> bool:
-    return bool(line.strip()) and not line.lstrip().startswith("#")
-
-
 @app.command()
-@command
+@command()
 def boot(
     ui: Ui,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that prepare made.", show_default=False)],
@@ -272,7 +252,7 @@ def describe_boot(result: BootResult) -> str:
 
 
 @app.command()
-@command
+@command()
 def demo(
     ui: Ui,
     out: Annotated[

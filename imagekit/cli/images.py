@@ -10,8 +10,6 @@ import typer
 
 from imagekit import api
 from imagekit.cli.options import (
-    Allow,
-    ForceShare,
     Format,
     Image,
     Jobs,
@@ -31,7 +29,7 @@ app = typer.Typer()
 
 
 @app.command()
-@command
+@command()
 def info(ui: Ui, image: Image, format: Format = None) -> None:
     """Show format, sizes, features and safety findings.
 
@@ -60,13 +58,13 @@ def info(ui: Ui, image: Image, format: Format = None) -> None:
 
 
 @app.command("map")
-@command
-def map_(ui: Ui, image: Image, format: Format = None, allow: Allow = None, force_share: ForceShare = False) -> None:
+@command(allow=allowed)
+def map_(ui: Ui, image: Image, allow: frozenset[str], format: Format = None) -> None:
     """List where the guest's data lies in the file.
 
     As JSON it is the array of qemu-img map.
     """
-    with api.open_image(image, format=format, allow=allowed(allow, force_share=force_share)) as disk:
+    with api.open_image(image, format=format, allow=allow) as disk:
         extents = disk.extents()
         if ui.json:
             # Line by line: a large disk has millions of extents.
@@ -84,7 +82,7 @@ def map_(ui: Ui, image: Image, format: Format = None, allow: Allow = None, force
 
 
 @app.command()
-@command
+@command()
 def check(
     ui: Ui,
     image: Image,
@@ -108,7 +106,7 @@ def check(
 
 
 @app.command()
-@command
+@command()
 def compare(
     ui: Ui,
     one: Annotated[str, typer.Argument(metavar="A", show_default=False)],
@@ -142,7 +140,7 @@ QemuOptions = Annotated[
 
 
 @app.command()
-@command
+@command()
 def measure(
     ui: Ui,
     source: Image,
@@ -162,11 +160,12 @@ def measure(
 
 
 @app.command()
-@command
+@command(allow=allowed)
 def convert(
     ui: Ui,
     source: Image,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="The file to write.", show_default=False)],
+    allow: frozenset[str],
     format: Format = None,
     target_format: TargetFormat = None,
     subformat: Subformat = None,
@@ -188,8 +187,6 @@ def convert(
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
     jobs: Jobs = None,
-    allow: Allow = None,
-    force_share: ForceShare = False,
     options: QemuOptions = None,
     show: Annotated[bool, typer.Option("-p", hidden=True)] = False,
     compress: Annotated[bool, typer.Option("-c", hidden=True)] = False,
@@ -215,7 +212,7 @@ def convert(
         overwrite=overwrite,
         sync=not no_sync,
         jobs=jobs,
-        allow=allowed(allow, force_share=force_share),
+        allow=allow,
         progress=ui.callback(),
         **asked,
     )

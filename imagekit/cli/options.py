@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -29,13 +28,6 @@ NoSync = Annotated[
     bool,
     typer.Option("--no-sync", envvar="IMAGEKIT_NO_SYNC", help="Do not wait until the target is on the medium."),
 ]
-Allow = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--allow", metavar="RULE", help="Accept what this rule of the safety policy refuses.", show_default=False
-    ),
-]
-ForceShare = Annotated[bool, typer.Option("--force-share", "-U", help="The same as --allow in-use.")]
 
 
 def size_option(*names: str, help: str) -> Any:
@@ -43,8 +35,19 @@ def size_option(*names: str, help: str) -> Any:
     return typer.Option(*names, metavar="SIZE", parser=parse_size, help=help, show_default=False)
 
 
-def allowed(allow: list[str] | None, *, force_share: bool) -> frozenset[str]:
-    """The rules a command line allows."""
+def allowed(
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow",
+            metavar="RULE",
+            help="Accept what this rule of the safety policy refuses.",
+            show_default=False,
+        ),
+    ] = None,
+    force_share: Annotated[bool, typer.Option("--force-share", "-U", help="The same as --allow in-use.")] = False,
+) -> frozenset[str]:
+    """The rules of the safety policy that a command line allows."""
     return frozenset([*(allow or []), *(["in-use"] if force_share else [])])
 
 
@@ -60,42 +63,52 @@ _PROGRESS = Annotated[
 _QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages.")]
 _VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 _DEBUG = Annotated[bool, typer.Option("--debug", help="On an error, print where in the program it came up.")]
-_CHOICES = {"output": ("human", "json"), "progress": ("auto", "bar", "plain", "json", "none")}
+_OUTPUTS = ("human", "json")
+_PROGRESSES = ("auto", "bar", "plain", "json", "none")
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes a :class:`Ui` first the options every command has."""
-    own = inspect.signature(function, eval_str=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    common = [
-        inspect.Parameter("output", keyword, default="human", annotation=_OUTPUT),
-        inspect.Parameter("progress", keyword, default="auto", annotation=_PROGRESS),
-        inspect.Parameter("quiet", keyword, default=False, annotation=_QUIET),
-        inspect.Parameter("verbose", keyword, default=False, annotation=_VERBOSE),
-        inspect.Parameter("debug", keyword, default=False, annotation=_DEBUG),
-    ]
-
-    @functools.wraps(function)
-    def wrapped(**values: Any) -> None:
-        for name, choices in _CHOICES.items():
-            if values[name] not in choices:
-                raise typer.BadParameter(f"{values[name]!r} is none of {', '.join(choices)}", param_hint=f"--{name}")
-        values.pop("debug")  # app.run looks at it, also when parsing fails
-        ui = Ui(*(values.pop(name) for name in ("output", "progress", "quiet", "verbose")))
-        try:
-            function(ui, **values)
-        finally:
-            ui.done()
-
-    parameters = [parameter.replace(kind=keyword) for name, parameter in own.parameters.items() if name != "ui"]
-    wrapped.__signature__ = own.replace(parameters=[*parameters, *common])  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {one.name: one.annotation for one in [*parameters, *common]}
-    del wrapped.__wrapped__  # its signature would win over ours
-    return wrapped
+def _common(
+    output: _OUTPUT = "human",
+    progress: _PROGRESS = "auto",
+    quiet: _QUIET = False,
+    verbose: _VERBOSE = False,
+    debug: _DEBUG = False,
+) -> Ui:
+    """The options of every command; app.run looks at --debug itself, also when parsing fails."""
+    for name, value, choices in (("output", output, _OUTPUTS), ("progress", progress, _PROGRESSES)):
+        if value not in choices:
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}", param_hint=f"--{name}")
+    return Ui(output, progress, quiet, verbose)
 
 
-def read_bytes(path: Path, *, limit: int = 4 << 20) -> bytes:
-    """The content of a small file that a user names; SourceError when it cannot be read."""
-    from imagekit.cloudinit.specfile import read_regular_file
+def command(**groups: Callable[..., object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function that takes a :class:`Ui` first a command, with the options every command has.
 
-    return read_regular_file(path, limit=limit)
+    A group is a function whose parameters become options; what it returns is passed to the command under the
+    group's name. So options that belong together are declared once.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(function, eval_str=True)
+        makers = {**groups, "ui": _common}
+        parts = {name: inspect.signature(maker, eval_str=True).parameters for name, maker in makers.items()}
+        shown = [parameter for name, parameter in own.parameters.items() if name not in makers]
+        shown += [parameter for part in parts.values() for parameter in part.values()]
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in shown]
+
+        @functools.wraps(function)
+        def wrapped(**values: Any) -> None:
+            made = {name: maker(**{key: values.pop(key) for key in parts[name]}) for name, maker in makers.items()}
+            ui = made["ui"]
+            assert isinstance(ui, Ui)
+            try:
+                function(**made, **values)
+            finally:
+                ui.done()
+
+        wrapped.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {one.name: one.annotation for one in parameters}
+        del wrapped.__wrapped__  # its signature would win over ours
+        return wrapped
+
+    return decorate

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 Stage = Literal[
     "started",
@@ -23,18 +23,7 @@ Stage = Literal[
 ]
 """How far the machine came; ``finished`` is cloud-init's own last word, ``marker`` the line waited for."""
 
-STAGES: tuple[Stage, ...] = (
-    "started",
-    "firmware",
-    "bootloader",
-    "kernel",
-    "init",
-    "cloud-init",
-    "datasource",
-    "login",
-    "finished",
-    "marker",
-)
+STAGES: tuple[Stage, ...] = get_args(Stage)
 """The stages in the order in which a boot passes them."""
 
 Verdict = Literal["booted", "no-boot", "timeout", "unknown"]
