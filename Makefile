@@ -20,6 +20,7 @@ help: ## list the targets
 	@echo "Set-up is part of each. PYTHON=python3.13 VENV=.venv-3.13 picks another interpreter; IMAGEKIT_NO_APT=1 leaves the system alone."
 
 demo: venv tools-demo ## the tour: convert, config drive, boot, on input it makes itself
+	@rm -rf demo-out
 	@$(bin)/imagekit demo
 
 test: venv tools-test ## the tests, without the slow ones

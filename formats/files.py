@@ -372,7 +372,7 @@ class MemoryFile:
         return bytes(self.data[offset : offset + length])
 
     def pwrite(self, offset: int, *buffers: Buffer) -> None:
-        for buffer in buffers:
+        for buffer in _views(buffers):
             if offset > len(self.data):
                 self.data.extend(bytes(offset - len(self.data)))
             self.data[offset : offset + len(buffer)] = buffer

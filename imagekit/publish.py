@@ -24,6 +24,7 @@ from imagekit.formats.files import LocalFile, lock_exclusively, same_file
 PART = ".part"
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def check_target(path: str | os.PathLike[str], *, overwrite: bool, source: str | None = None) -> Path:
@@ -185,12 +186,25 @@ class Pending:
             elif sys.platform == "win32":
                 self.part.rename(self.target)  # fails there when the name is taken
             else:
-                os.link(self.part, self.target)
-                self.part.unlink()
+                self._give_name(self.part)
         except FileExistsError:
             raise _taken(self.target) from None
         except OSError as error:
             raise _cannot_create(error, self.target) from error
+
+    def _give_name(self, part: Path) -> None:
+        """Rename, but fail when the name is taken: what only a link does at once."""
+        try:
+            os.link(part, self.target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # FAT and its like have no links: between this look and the rename another program may take the name.
+            if os.path.lexists(self.target):
+                raise FileExistsError from None
+            part.rename(self.target)
+        else:
+            part.unlink()
 
     def discard(self) -> None:
         self.file.close()

@@ -1,4 +1,4 @@
-"""Folders where writing fails: read-only ones and full ones, also for root."""
+"""Places where reading or writing fails, also for root: unreadable files, read-only folders, full disks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """As a user for whom permissions count, also where the tests run as root."""
+    if sys.platform == "win32":
+        pytest.skip("POSIX permissions")
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if before == 0:
+            os.seteuid(0)
 
 
 @contextmanager

@@ -299,7 +299,7 @@ def damaged(made: bytes, chance: random.Random) -> bytes:
     changed = chance.choice(
         [
             0,
-            value ^ 1 << chance.randrange(56),
+            value ^ 1 << chance.randrange(1, 56),
             value ^ 1 << 63,
             value + (1 << chance.randrange(9, 24)),
             int.from_bytes(made[other : other + 8], "big"),

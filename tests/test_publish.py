@@ -92,7 +92,7 @@ def test_a_folder_that_is_missing_or_is_none_is_said_so(tmp_path: Path) -> None:
         check_target(tmp_path / "missing" / "a.vhd", overwrite=False)
     assert caught.value.hint == f"make it first: mkdir -p {tmp_path / 'missing'}"
     (tmp_path / "file").touch()
-    with pytest.raises(TargetError):
+    with pytest.raises(TargetError, match="Not a directory"):
         check_target(tmp_path / "file" / "a.vhd", overwrite=False)
 
 
@@ -248,6 +248,25 @@ def test_a_full_file_system_is_a_target_error_and_leaves_nothing(tmp_path: Path)
 def test_a_name_longer_than_names_can_be_is_a_target_error(no_leftovers: Path) -> None:
     with pytest.raises(TargetError):
         write_file(no_leftovers / ("x" * 300), b"x")
+
+
+@posix_only
+def test_a_file_system_without_links_gets_the_file_by_its_name_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAT, and some network file systems: no nameless files there either."""
+
+    def no_links(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    monkeypatch.setattr(os, "link", no_links)
+    target = tmp_path / "disk.vhd"
+    write_file(target, b"one")
+    with pytest.raises(TargetError, match="exists already"), new_file(target) as pending:
+        pending.commit(overwrite=False, sync=False)
+    write_file(target, b"two", overwrite=True)
+    assert (target.read_bytes(), names(tmp_path)) == (b"two", ["disk.vhd"])
 
 
 # --- durable ---------------------------------------------------------------------------------------------------

@@ -376,6 +376,30 @@ def test_a_backing_file_that_the_caller_opens_shows_through(below: int) -> None:
     assert asked == [Reference("backing-file", "base", None)]
 
 
+def test_closing_an_image_closes_what_it_was_read_with() -> None:
+    closed: list[str] = []
+
+    class Watched(MemoryFile):
+        def close(self) -> None:
+            closed.append(self.name)
+
+    made = make(Recipe(size=K64, backing="base"))
+    base = RawImage(Watched(bytes(K64), name="base"), K64)
+    with FORMAT.open(Watched(made.data, name="image"), resolver=lambda _: base) as image:
+        assert image.pread(0, 10) == bytes(10)
+    assert sorted(closed) == ["base", "image"]
+
+
+def test_an_image_cut_while_it_is_read_is_an_error() -> None:
+    made = make(Recipe(size=2 * K64, clusters={0: Plain(noise(K64)), 1: Plain(noise(K64, 1))}))
+    file = MemoryFile(made.data)
+    image = FORMAT.open(file)
+    assert image.pread(0, 10) == noise(K64)[:10]
+    file.truncate(len(made.data) - 100)
+    with pytest.raises(CorruptImage, match="guest bytes from 0x10000: 65536 expected, 65436 found"):
+        image.pread(K64, K64)
+
+
 @pytest.mark.parametrize("flag", [True, False], ids=["with its feature bit", "without"])
 def test_an_external_data_file_is_named_and_refused(flag: bool) -> None:
     made = make(Recipe(size=K64, data_file="/dev/sda"))

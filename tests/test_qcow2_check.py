@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import struct
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -174,6 +177,91 @@ def test_a_bitmap_that_contradicts_its_entry_is_damage(bitmap: int) -> None:
     assert codes(made) == []
     assert "contradiction" in codes(made.poked(made.l2_entry(0 if bitmap > 1 else 1) + 8, bitmap))
     assert "contradiction" in codes(made.poked(made.l2_entry(2) + 8, bitmap))
+
+
+# --- what only some images have ---------------------------------------------------------------------------------
+
+SNAPSHOT = struct.Struct(">QIHHIIQII")
+
+
+def with_snapshot(l1: int, entries: int, *, count: int = 1, name: int = 0) -> Qcow2:
+    """A snapshot table of one entry on a cluster of its own behind the image; nothing counts that cluster."""
+    at = len(SOUND.data)
+    entry = SNAPSHOT.pack(l1, entries, 0, name, 0, 0, 0, 0, 0).ljust(C, b"\0")
+    made = dataclasses.replace(SOUND, data=SOUND.data + entry)
+    return made.poked(60, count, 4).poked(64, at)
+
+
+def found_in(made: Qcow2, words: str) -> list[str]:
+    return [problem.code for problem in check(made) if words in problem.message]
+
+
+def test_a_snapshot_table_and_what_it_leads_to_are_used() -> None:
+    """Here nothing counted them: so every cluster of theirs is damage, and so is the L1 table that two lead to."""
+    found = check(with_snapshot(SOUND.l1, 2))
+    assert {problem.code for problem in found} == {"refcount-low", "overlap"}
+    assert len(SOUND.data) in [problem.offset for problem in found]
+
+
+@pytest.mark.parametrize(
+    ("made", "words", "code"),
+    [
+        (SOUND.poked(60, 1, 4).poked(64, 1 << 40), "the snapshot table ends at", "outside"),
+        (SOUND.poked(60, 1, 4).poked(64, 7), "the snapshot table lies at 0x7", "unaligned"),
+        (SOUND.poked(60, 2**32 - 1, 4), "the snapshot table has 171798691800 bytes", "too-large"),
+        (with_snapshot(SOUND.l1, 2, name=40_000), "snapshot 0 ends at", "outside"),
+        (with_snapshot(SOUND.l1, 2, count=100), "the snapshot table ends at", "outside"),
+        (with_snapshot(SOUND.l1 + 8, 2), "the L1 table of snapshot 0 lies at", "unaligned"),
+        (with_snapshot(1 << 40, 2), "the L1 table of snapshot 0 ends at", "outside"),
+        (with_snapshot(0, 2**32 - 1), "the L1 table of snapshot 0 has", "too-large"),
+    ],
+    ids=["far", "unaligned", "too many", "name too long", "fewer than said", "L1 unaligned", "L1 far", "L1 huge"],
+)
+def test_a_snapshot_that_leads_nowhere_is_damage(made: Qcow2, words: str, code: str) -> None:
+    assert found_in(made, words) == [code]
+
+
+def test_l1_tables_larger_than_the_file_are_not_walked() -> None:
+    """Many snapshots may name one and the same stretch: the work would be a multiple of the file."""
+    zeros, count = len(SOUND.data), 12
+    table = SNAPSHOT.pack(zeros, 10 * C // 8, 0, 0, 0, 0, 0, 0, 0) * count
+    made = dataclasses.replace(SOUND, data=SOUND.data + bytes(10 * C) + table.ljust(C, b"\0"))
+    made = made.poked(60, count, 4).poked(64, zeros + 10 * C)
+    assert found_in(made, "the L1 tables together are larger than the file") == ["overlap"]
+
+
+def with_extension(kind: int, body: bytes) -> Qcow2:
+    """A header extension where the list of them ended."""
+    patch = struct.pack(">II", kind, len(body)) + body
+    data = SOUND.data[:112] + patch + SOUND.data[112 + len(patch) :]
+    return dataclasses.replace(SOUND, data=data).poked(88, 1)
+
+
+@pytest.mark.parametrize(
+    ("made", "words", "code"),
+    [
+        (with_extension(0x0537BE77, struct.pack(">QQ", 1 << 40, 512)), "the encryption header ends", "outside"),
+        (with_extension(0x0537BE77, struct.pack(">QQ", 5, 512)), "the encryption header lies", "unaligned"),
+        (with_extension(0x0537BE77, struct.pack(">QQ", 512, 1 << 40)), "the encryption header has", "too-large"),
+        (with_extension(0x23852875, struct.pack(">IIQQ", 1, 0, 24, 1 << 40)), "the bitmap directory ends", "outside"),
+        (with_extension(0x23852875, struct.pack(">IIQQ", 9, 0, 16, C)), "ends before bitmap 0", "cut-short"),
+        (with_extension(0x23852875, struct.pack(">IIQQ", 1, 0, 24, BLOCK)), "the table of bitmap 0", "unaligned"),
+    ],
+    ids=["LUKS far", "LUKS unaligned", "LUKS huge", "directory far", "directory short", "bitmap"],
+)
+def test_an_extension_that_leads_nowhere_is_damage(made: Qcow2, words: str, code: str) -> None:
+    assert code in found_in(made, words)
+
+
+def test_what_an_extension_leads_to_is_used() -> None:
+    found = check(with_extension(0x0537BE77, struct.pack(">QQ", place(70), 512)))
+    assert ("overlap", place(70)) in [(problem.code, problem.offset) for problem in found]
+
+
+def test_bitmaps_that_nobody_kept_in_step_are_nobodys() -> None:
+    """A program that does not know them clears the bit: what they point to is leaked, and not read."""
+    stale = with_extension(0x23852875, struct.pack(">IIQQ", 1, 0, 24, 1 << 40)).poked(88, 0)
+    assert check(stale) == []
 
 
 # --- overlaps --------------------------------------------------------------------------------------------------
