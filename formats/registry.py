@@ -83,8 +83,11 @@ def by_suffix(path: str) -> DiskFormat | None:
     return None
 
 
-def named_suffix(path: str) -> str | None:
-    """The name of a format that is known by name only and usually has the path's suffix."""
+def suffix_format(path: str) -> str | None:
+    """The name of the format, also of one known by name only, whose usual suffix the path has."""
+    found = by_suffix(path)
+    if found is not None:
+        return found.name
     name = PurePath(path).suffix.lower().lstrip(".")
     return name if name in {known for known, _, _ in NAMED_ONLY} else None
 

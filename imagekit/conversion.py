@@ -92,7 +92,7 @@ def target_format(target: str | os.PathLike[str], options: ConvertOptions) -> Di
         chosen = registry.find(options.target_format)
     else:
         found = registry.by_suffix(os.fspath(target))
-        if found is None and (name := registry.named_suffix(os.fspath(target))):
+        if found is None and (name := registry.suffix_format(os.fspath(target))):
             raise _not_written(name)
         if found is None:
             raise UsageError(

@@ -12,7 +12,7 @@ from enum import Enum
 
 from imagekit.errors import UnsafeImage, UsageError
 from imagekit.formats.base import JSON, ImageInfo
-from imagekit.formats.registry import Claim, find
+from imagekit.formats.registry import Claim, find, suffix_format
 
 
 class Severity(str, Enum):
@@ -62,6 +62,12 @@ RULES: dict[str, Rule] = {
             Severity.REFUSE,
             "the content is not in the format it was declared to be",
             hint="leave out -f to use the format found, or ask who made it",
+        ),
+        Rule(
+            "name-mismatch",
+            Severity.REFUSE,
+            "a disk cut short loses the footer that it is known by, and would pass for raw",
+            hint="fetch it again and compare its checksum; -f raw takes the bytes as they are",
         ),
         Rule(
             "in-use",
@@ -121,8 +127,8 @@ def _finding(code: str, message: str, offset: int | None = None) -> Finding:
     return Finding(code, message, severity, offset)
 
 
-def judge_claims(claims: list[Claim], declared: str | None) -> Iterator[Finding]:
-    """What the formats' claims on a file mean, before any of them opens it."""
+def judge_claims(claims: list[Claim], declared: str | None, *, name: str = "") -> Iterator[Finding]:
+    """What the formats' claims on a file of that name mean, before any of them opens it."""
     found = ", ".join(f"{claim.format} ({claim.found})" for claim in claims)
     if declared is not None:
         wanted = find(declared).name
@@ -133,6 +139,8 @@ def judge_claims(claims: list[Claim], declared: str | None) -> Iterator[Finding]
         if claims and wanted not in {claim.format for claim in claims}:
             yield _finding("format-mismatch", f"declared {wanted}, found {found}")
             return
+    if not claims and declared is None and (meant := suffix_format(name)) not in (None, "raw"):
+        yield _finding("name-mismatch", f"named as {meant}, but nothing of {meant} is in it")
     if len(claims) > 1:
         yield _finding("ambiguous", f"the file is claimed by more than one format: {found}")
 

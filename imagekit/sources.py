@@ -64,9 +64,10 @@ def open_source(
 
 def _judged(file: LocalFile, declared: str | None, allow: frozenset[str] | None) -> Source:
     claims = registry.probe(file)
+    name = file.name if file.size else ""  # that a file is empty is said below, whatever its name promises
     findings = [
         *policy.judge_use(held_for_writing=file.held_for_writing),
-        *policy.judge_claims(claims, declared),
+        *policy.judge_claims(claims, declared, name=name),
     ]
     if allow is not None:
         policy.enforce(findings, allow=allow, path=file.name)

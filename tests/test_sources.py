@@ -186,3 +186,24 @@ def test_a_real_image_that_cannot_be_read_is_refused_in_words(name: str) -> None
         open_source(sample(name))
     assert len(str(caught.value)) > 20
     assert sample_facts(name).note
+
+
+@pytest.mark.parametrize("name", ["disk.vhd", "disk.QCOW2", "disk.vhdx", "disk.vmdk"])
+def test_a_name_that_promises_a_format_which_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
+    """A fixed VHD cut short has no footer any more, and would pass for raw."""
+    path = tmp_path / name
+    path.write_bytes(bytes(4096))
+    with pytest.raises(UnsafeImage) as caught:
+        open_source(path)
+    assert caught.value.rule == "name-mismatch"
+    with open_source(path, declared="raw") as source:
+        assert source.format == "raw"
+    with open_source(path, allow=None) as source:
+        assert [finding.rule for finding in source.findings] == ["name-mismatch"]
+
+
+def test_an_empty_file_is_called_empty_whatever_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "disk.vhd"
+    path.touch()
+    with pytest.raises(UnknownFormat, match="empty"):
+        open_source(path)

@@ -18,7 +18,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.benchmarks.corpus import GIB, make_corpus
+from tests.benchmarks.corpus import GIB
 
 QEMU_OPTIONS = ["-m", "16", "-W", "-O", "vpc", "-o", "subformat=dynamic,force_size=on"]
 
@@ -80,13 +80,18 @@ def main() -> None:
     asked = parser.parse_args()
     if shutil.which("qemu-img") is None:
         sys.exit("qemu-img is needed: apt-get install qemu-utils")
-    corpus = make_corpus(int(asked.data * GIB), int(asked.disk * GIB))
+    sizes = [str(int(size * GIB)) for size in (asked.data, asked.disk)]
+    made = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.corpus", *sizes], check=True, stdout=subprocess.PIPE
+    )
+    corpus = json.loads(made.stdout)
     print(f"{asked.disk:g} GiB disk, {asked.data:g} GiB data → dynamic VHD; seconds, medians of {asked.pairs} pairs")
     print(f"{'source':<12} {'imagekit':>9} {'qemu-img':>9} {'faster':>7}  {'(range)':<11} {'CPU':>8} {'peak':>9}")
     results = []
     with tempfile.TemporaryDirectory(prefix="imagekit-bench-", dir=asked.folder) as name:
         folder = Path(name)
-        for kind, source in corpus.items():
+        for kind, path in corpus.items():
+            source = Path(path)
             pair(source, folder)  # warms the cache
             results.append(report(kind, [pair(source, folder) for _ in range(asked.pairs)]))
     if asked.json is not None:

@@ -1,10 +1,16 @@
-"""A disk like those that cloud images hold: real files with room between them, most of it empty."""
+"""A disk like those that cloud images hold: real files with room between them, most of it empty.
+
+``python -m tests.benchmarks.corpus DATA DISK`` (bytes) makes it and prints the paths as JSON: in a process of its
+own, because a child's peak memory counts from its parent's.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,3 +71,8 @@ def _content() -> Iterator[bytes]:
                     with path.open("rb") as file:
                         while block := file.read(4 * MIB):
                             yield block
+
+
+if __name__ == "__main__":
+    made = make_corpus(int(sys.argv[1]), int(sys.argv[2]))
+    print(json.dumps({kind: str(path) for kind, path in made.items()}))
