@@ -96,7 +96,8 @@ class Qcow2Image(DiskImage):
         self.virtual_size = self.header.size
         cluster = self.header.cluster_size
         head = file.pread(0, cluster)
-        self.extensions = Extensions.parse(head, self.header.header_length)
+        # The name of the backing file ends them too: older writers put no end mark before it.
+        self.extensions = Extensions.parse(head[: self.header.backing_offset or None], self.header.header_length)
         self.references = self._references(head)
         self._resolver = resolver
         self._backing: DiskImage | None = None

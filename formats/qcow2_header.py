@@ -159,16 +159,17 @@ class Extensions:
 
     @classmethod
     def parse(cls, data: bytes, start: int) -> Extensions:
-        """``data`` is the header cluster, ``start`` where the extensions begin."""
+        """``data`` is the header cluster as far as extensions may lie in it, ``start`` where they begin."""
         backing_format = data_file = bitmap_directory = crypto_header = None
         bitmaps = 0
-        at = start
-        for _ in range(MAX_EXTENSIONS):
-            if at + 8 > len(data):
-                break
+        at, count = start, 0
+        while at + 8 <= len(data):
             kind, length = struct.unpack_from(">II", data, at)
             if kind == EXT_END:
                 break
+            count += 1
+            if count > MAX_EXTENSIONS:
+                raise InvalidImage(f"more than {MAX_EXTENSIONS} header extensions", offset=at)
             body = data[at + 8 : at + 8 + length]
             if len(body) != length:
                 raise InvalidImage(f"header extension {kind:#010x} of {length} bytes leaves its cluster", offset=at)

@@ -128,7 +128,7 @@ def test_names_that_iso_9660_would_confuse_stay_apart() -> None:
 
 def test_a_folder_of_a_thousand_files_comes_back() -> None:
     tree = {f"folder/file-{n}": str(n).encode() for n in range(1000)}
-    verify_iso(write_iso(tree), tree, "config-2")
+    assert read_iso(write_iso(tree)).tree == tree
 
 
 @pytest.mark.parametrize(

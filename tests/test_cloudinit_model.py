@@ -125,7 +125,8 @@ def test_the_host_name_is_made_of_the_name_where_none_is_given(fields: dict[str,
 
 @given(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True))
 def test_the_host_name_made_of_any_name_is_one(name: str) -> None:
-    parse_spec({"name": name, "hostname": parse_spec({"name": name}).guest_hostname})
+    hostname = parse_spec({"name": name}).guest_hostname
+    assert parse_spec({"name": name, "hostname": hostname}).guest_hostname == hostname
 
 
 @pytest.mark.parametrize(
@@ -325,7 +326,8 @@ def test_a_route_that_does_not_fit_is_refused(route: dict[str, str], problem: st
     ],
 )
 def test_unusual_addresses_that_work_are_taken(fields: dict[str, str]) -> None:
-    parse_spec(network(**fields))
+    taken = parse_spec(network(**fields)).network
+    assert taken is not None and str(taken.networks[0].address) == fields["address"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fixtures.qcow2_images import Recipe, make
 from imagekit.errors import CorruptImage, ImagekitError, InvalidImage, UnsupportedFeature
-from imagekit.formats.qcow2_header import MAGIC, Extensions, Qcow2Header
+from imagekit.formats.qcow2_header import EXT_DATA_FILE, MAGIC, MAX_EXTENSIONS, Extensions, Qcow2Header
 
 u32, u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 SOUND = Qcow2Header.parse(make(Recipe(size=1 << 20)).data)
@@ -161,9 +161,13 @@ def test_an_extension_that_leaves_its_cluster_is_invalid() -> None:
             Extensions.parse(data, 0)
 
 
-def test_extensions_without_end_are_not_followed_for_ever() -> None:
-    """A 2 MiB header cluster holds 262144 empty extensions."""
-    Extensions.parse(extension(1, b"") * 262144, 0)
+def test_extensions_without_end_are_refused_and_not_followed() -> None:
+    """A 2 MiB header cluster holds 262144 empty extensions, and behind them one that names another file."""
+    name = extension(EXT_DATA_FILE, b"/etc/passwd")
+    assert Extensions.parse(extension(1, b"") * (MAX_EXTENSIONS - 1) + name, 0).data_file == "/etc/passwd"
+    for count in (MAX_EXTENSIONS, 262142):
+        with pytest.raises(InvalidImage, match="more than 64 header extensions"):
+            Extensions.parse(extension(1, b"") * count + name, 0)
 
 
 @given(st.binary(max_size=300))
@@ -176,7 +180,12 @@ def test_any_bytes_parse_as_extensions_or_are_refused(data: bytes) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_parse_as_a_header_or_are_refused(data: bytes) -> None:
+    file_size = 1 << 30
     try:
-        Qcow2Header.parse(MAGIC + data).validate(1 << 30)
+        header = Qcow2Header.parse(MAGIC + data)
+        header.validate(file_size)
     except ImagekitError:
         return
+    assert header.version in (2, 3) and 9 <= header.cluster_bits <= 21
+    assert header.l1_offset + header.l1_size * 8 <= file_size
+    assert header.size <= header.l1_size * header.l2_entries * header.cluster_size
