@@ -178,11 +178,19 @@ def merge_extents(extents: Iterable[Extent]) -> Iterator[Extent]:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Another file that an image names. Only ever opened by a resolver that the caller passes."""
+    """Another file that an image names. Only ever opened by a resolver that the caller passes.
 
-    kind: Literal["backing-file", "data-file", "parent-file"]
+    ``names`` are all forms of the name, in the order to try them (empty: only ``name``). The file found must have
+    one of the ``identities`` as its :attr:`DiskImage.identity` (empty: any will do). ``size`` is the virtual size of
+    the image that refers, where both should have the same.
+    """
+
+    kind: Literal["backing-file", "data-file", "parent-file", "extent-file"]
     name: str
     format: str | None = None
+    names: tuple[str, ...] = ()
+    identities: tuple[bytes, ...] = ()
+    size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +228,15 @@ class DiskImage(Protocol):
     """The guest's disk inside a file. Positional reads only; safe to share between threads."""
 
     virtual_size: int
+
+    identity: bytes | None = None
+    """What a differencing child knows its parent by: VHD's unique id, VHDX' DataWriteGuid; as stored."""
+
+    disk_id: bytes | None = None
+    """What the guest knows the disk by (VHDX: page 83 data), which a child inherits; as stored."""
+
+    sector_size: int = SECTOR
+    """Logical sector size in bytes."""
 
     def info(self) -> ImageInfo:
         """What the headers say; works on images that cannot be read."""
@@ -266,7 +283,37 @@ Resolver: TypeAlias = Callable[[Reference], DiskImage]
 """Opens what an image refers to. Without one nothing but the image's own file is ever read."""
 
 
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """How to look at an image, where there is more than one way; a format names in ``reads`` what it heeds."""
+
+    snapshot: str | None = None
+    """Name or id of an internal snapshot: the disk as it was then."""
+
+    size_from: Literal["current", "chs"] | None = None
+    """Which of a VHD's sizes counts; None: the one its creator means."""
+
+
+AS_IS = OpenOptions()
+
+
 # --- writing ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ParentLink:
+    """What a differencing disk says about its parent. Paths in the form to be stored, Windows' own (backslashes)."""
+
+    identity: bytes
+    virtual_size: int
+    relative: str
+    """From the child's folder: ``.\\parent.vhdx``."""
+
+    absolute: str | None = None
+    """``C:\\VMs\\parent.vhdx``, where the caller knows it."""
+
+    disk_id: bytes | None = None
+    sector_size: int = SECTOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +323,16 @@ class WriterOptions:
     identifier: uuid.UUID
     subformat: str | None = None
     block_size: int | None = None
+    sector_size: int | None = None
+    """Logical sector size in bytes; None: 512."""
+
+    creator: str | None = None
+    """Whose conventions a VHD follows: None is Windows', ``tap`` is XenServer's."""
+
+    compression: Literal["zlib", "zstd"] | None = None
+    parent: ParentLink | None = None
+    """For the subformat ``differencing``."""
+
     timestamp: int = 946684800
     """Seconds since 1970, UTC. The default is the start of VHD's own epoch: the clock is not an input."""
 
@@ -390,8 +447,25 @@ class Barrier:
     """Everything before is on the medium before anything after is written."""
 
 
-Change: TypeAlias = Write | Barrier
-"""A step of a change in place. The list is complete before the first step is taken."""
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Put ``length`` guest bytes from ``start`` of the image being merged at ``offset``: a write, read when due."""
+
+    offset: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Truncate:
+    """Set the file's length; new bytes read as zero."""
+
+    size: int
+
+
+Change: TypeAlias = Write | Copy | Truncate | Barrier
+"""A step of a change in place. What the steps are is decided before the first one is taken; every prefix of them
+leaves a file that opens, with the content it had or the content it is to have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,11 +490,14 @@ class DiskFormat(Protocol):
     subformats: ClassVar[tuple[str, ...]] = ()
     """What can be written, the default first; empty when the format is only read."""
 
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Fields of :class:`OpenOptions` that the format heeds."""
+
     def probe(self, file: File) -> str | None:
         """What of this format was found, in a few words; None when nothing was. Never raises on content."""
         ...
 
-    def open(self, file: File, *, resolver: Resolver | None = None) -> DiskImage:
+    def open(self, file: File, *, resolver: Resolver | None = None, options: OpenOptions = AS_IS) -> DiskImage:
         """Parse the headers. InvalidImage, CorruptImage or UnsupportedFeature when they cannot be parsed."""
         ...
 
@@ -435,3 +512,22 @@ class DiskFormat(Protocol):
     def repair(self, file: File) -> list[Change]:
         """The changes that mend what can be mended with certainty."""
         raise UnsupportedFeature(f"imagekit cannot repair {self.name} images")
+
+    def resize(self, file: File, size: int) -> Iterable[Change]:
+        """The changes that give the disk in ``file`` another virtual size, in bytes, a multiple of its sector size.
+
+        Growing adds zeros (a differencing disk does not show more of its parent). Shrinking raises
+        UnsupportedFeature when anything but zeros would be lost.
+        """
+        raise UnsupportedFeature(f"imagekit does not resize {self.name} images in place", hint="convert with --size")
+
+    def rebase(self, file: File, parent: ParentLink) -> Iterable[Change]:
+        """The changes that make the differencing disk in ``file`` name another parent, whatever that holds."""
+        raise UnsupportedFeature(f"imagekit does not change the parent of {self.name} images")
+
+    def absorb(self, file: File, child: DiskImage) -> Iterable[Change]:
+        """The changes that put into ``file`` what ``child``, at least as large, holds itself (extents of depth 0).
+
+        The file's disk has the child's size then. After every prefix the child on top of it reads as before.
+        """
+        raise UnsupportedFeature(f"imagekit does not merge into {self.name} images", hint="merge into a new file")

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import (
+    AS_IS,
     JSON,
     DiskFormat,
     DiskImage,
@@ -33,6 +34,7 @@ from imagekit.formats.base import (
     File,
     ImageInfo,
     MiB,
+    OpenOptions,
     Problem,
     Range,
     Reference,
@@ -41,6 +43,7 @@ from imagekit.formats.base import (
     merge_extents,
     read_exactly,
 )
+from imagekit.formats.chain import Below
 from imagekit.formats.decoders import Decoder, inflate_raw, unzstd
 from imagekit.formats.qcow2_header import (
     CORRUPT,
@@ -99,8 +102,8 @@ class Qcow2Image(DiskImage):
         # The name of the backing file ends them too: older writers put no end mark before it.
         self.extensions = Extensions.parse(head[: self.header.backing_offset or None], self.header.header_length)
         self.references = self._references(head)
-        self._resolver = resolver
-        self._backing: DiskImage | None = None
+        backing = next((one for one in self.references if one.kind == "backing-file"), None)
+        self._below = Below(backing, resolver, file.name)
         self._lock = threading.Lock()
         self._l1: Table | None = None
         self._cache: OrderedDict[int, _L2] = OrderedDict()
@@ -362,38 +365,7 @@ class Qcow2Image(DiskImage):
             elif run.kind == ZERO:
                 yield Extent(run.start, run.length, data=False, zero=True)
             else:
-                yield from self._below(run)
-
-    def _below(self, run: _Run) -> Iterator[Extent]:
-        """Unallocated bytes: the backing file's, zeros behind its end."""
-        backing = self._backing_image()
-        end = run.start
-        if backing is not None:
-            for extent in backing.extents(run.start, run.length):
-                # The kernel can copy from our file only: what lies in another has no offset here.
-                yield Extent(
-                    extent.start,
-                    extent.length,
-                    extent.data,
-                    extent.zero,
-                    extent.present,
-                    extent.depth + 1,
-                    extent.compressed,
-                )
-                end = extent.end
-        if end < run.start + run.length:
-            yield Extent(end, run.start + run.length - end, data=False, zero=True, present=False)
-
-    def _backing_image(self) -> DiskImage | None:
-        if self._backing is None and self.header.backing_offset:
-            if self._resolver is None:
-                raise UnsupportedFeature(
-                    "the image needs its backing file, and nobody allowed to open it",
-                    hint="make it one file first, where its origin is trusted",
-                    path=self.file.name,
-                )
-            self._backing = self._resolver(self.references[0])
-        return self._backing
+                yield from self._below.extents(run.start, run.length)
 
     def pread_into(self, offset: int, buffer: memoryview) -> None:
         for run in self._runs(offset, offset + len(buffer)):
@@ -402,8 +374,8 @@ class Qcow2Image(DiskImage):
                 self._read_plain(run, part)
             elif run.kind == COMPRESSED:
                 self._read_compressed(run, part)
-            elif run.kind == UNALLOCATED and self._backing_image() is not None:
-                self._read_below(run, part)
+            elif run.kind == UNALLOCATED:
+                self._below.pread_into(run.start, part)
             else:
                 part[:] = bytes(len(part))
 
@@ -416,14 +388,6 @@ class Qcow2Image(DiskImage):
                 path=self.file.name,
                 offset=run.offset,
             )
-
-    def _read_below(self, run: _Run, part: memoryview) -> None:
-        backing = self._backing_image()
-        assert backing is not None
-        inside = max(0, min(run.length, backing.virtual_size - run.start))
-        if inside:
-            backing.pread_into(run.start, part[:inside])
-        part[inside:] = bytes(len(part) - inside)
 
     def compressed_spans(self, descriptors: Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Offsets and available bytes of compressed clusters, from their descriptors."""
@@ -481,8 +445,7 @@ class Qcow2Image(DiskImage):
         return claimed_ranges(self)
 
     def close(self) -> None:
-        if self._backing is not None:
-            self._backing.close()
+        self._below.close()
         self.file.close()
 
 
@@ -493,7 +456,7 @@ class Qcow2Format(DiskFormat):
     def probe(self, file: File) -> str | None:
         return "qcow2 magic at 0" if file.pread(0, 4) == MAGIC else None
 
-    def open(self, file: File, *, resolver: Resolver | None = None) -> Qcow2Image:
+    def open(self, file: File, *, resolver: Resolver | None = None, options: OpenOptions = AS_IS) -> Qcow2Image:
         return Qcow2Image(file, resolver)
 
     def check(self, file: File) -> list[Problem]:

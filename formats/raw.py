@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from imagekit.errors import CorruptImage, UnsupportedFeature
 from imagekit.formats.base import (
+    AS_IS,
     BlockRuns,
     DiskFormat,
     DiskImage,
@@ -18,6 +19,7 @@ from imagekit.formats.base import (
     FlatLayout,
     ImageInfo,
     MiB,
+    OpenOptions,
     Range,
     Resolver,
     WriterOptions,
@@ -91,7 +93,7 @@ class RawFormat(DiskFormat):
     def probe(self, file: File) -> str | None:
         return None
 
-    def open(self, file: File, *, resolver: Resolver | None = None) -> RawImage:
+    def open(self, file: File, *, resolver: Resolver | None = None, options: OpenOptions = AS_IS) -> RawImage:
         return RawImage(file, file.size)
 
     def writer(self, virtual_size: int, options: WriterOptions) -> FlatWriter:

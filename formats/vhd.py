@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import (
+    AS_IS,
     JSON,
     SECTOR,
     BlockRuns,
@@ -38,6 +39,7 @@ from imagekit.formats.base import (
     File,
     ImageInfo,
     ImageWriter,
+    OpenOptions,
     Problem,
     Range,
     Reference,
@@ -411,7 +413,7 @@ class VhdFormat(DiskFormat):
                 return f"VHD footer in the last {length} bytes"
         return None
 
-    def open(self, file: File, *, resolver: Resolver | None = None) -> VhdImage:
+    def open(self, file: File, *, resolver: Resolver | None = None, options: OpenOptions = AS_IS) -> VhdImage:
         return VhdImage(file)
 
     def writer(self, virtual_size: int, options: WriterOptions) -> ImageWriter:

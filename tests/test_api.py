@@ -131,7 +131,16 @@ def test_a_third_party_format_is_found_by_its_entry_point(
     disk: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from imagekit.formats import registry
-    from imagekit.formats.base import DiskFormat, DiskImage, File, ImageWriter, Resolver, WriterOptions
+    from imagekit.formats.base import (
+        AS_IS,
+        DiskFormat,
+        DiskImage,
+        File,
+        ImageWriter,
+        OpenOptions,
+        Resolver,
+        WriterOptions,
+    )
     from imagekit.formats.raw import FlatWriter, RawImage
 
     class Fancy(DiskFormat):
@@ -142,7 +151,7 @@ def test_a_third_party_format_is_found_by_its_entry_point(
         def probe(self, file: File) -> str | None:
             return None
 
-        def open(self, file: File, *, resolver: Resolver | None = None) -> DiskImage:
+        def open(self, file: File, *, resolver: Resolver | None = None, options: OpenOptions = AS_IS) -> DiskImage:
             return RawImage(file, file.size)
 
         def writer(self, virtual_size: int, options: WriterOptions) -> ImageWriter:
