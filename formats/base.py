@@ -10,6 +10,7 @@ Nothing here opens a file, starts a thread or knows a policy.
 from __future__ import annotations
 
 import uuid
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -257,6 +258,15 @@ class DiskImage(Protocol):
         self.pread_into(offset, memoryview(data))
         return bytes(data)
 
+    def first_data(self, start: int) -> int | None:
+        """Guest offset of the first byte from ``start`` on that is not zero, None when there is none."""
+        for extent in self.extents(start):
+            for offset in range(extent.start, extent.end, MiB) if extent.data else ():
+                data = self.pread(offset, min(MiB, extent.end - offset))
+                if data.count(0) != len(data):
+                    return offset + len(data) - len(data.lstrip(b"\0"))
+        return None
+
     def ranges(self) -> Iterator[Range]:
         """All metadata and data the image claims in its file; may take a pass over its tables."""
         ...
@@ -398,6 +408,26 @@ class Layout(Protocol):
         ...
 
 
+class EncodedLayout(Layout):
+    """A layout that stores blocks in other bytes than the guest's, as long as those are fewer.
+
+    Where a block lies is known once its encoding is: so ``file_size`` is a bound that counts a block the layout was
+    made with in full until it is added, and exact when all of them are. A block is added once, or placed once, which
+    takes it as it is. The order of calls decides the file; the same order gives the same file.
+    """
+
+    @abstractmethod
+    def encode(self, data: Buffer) -> Buffer:
+        """What to store for a whole block: its encoding, the data as it is, or nothing for zeros.
+
+        Looks at nothing but ``data``, so that threads can encode side by side.
+        """
+
+    @abstractmethod
+    def add(self, block: int, length: int) -> int:
+        """File offset for the ``length`` bytes that are stored for the block; of no bytes nothing is stored."""
+
+
 class ImageWriter(Protocol):
     """Turns an allocation into a layout. ``block_size`` is the unit of allocation, in guest bytes."""
 
@@ -492,6 +522,9 @@ class DiskFormat(Protocol):
 
     reads: ClassVar[tuple[str, ...]] = ()
     """Fields of :class:`OpenOptions` that the format heeds."""
+
+    writes: ClassVar[tuple[str, ...]] = ()
+    """Fields of :class:`WriterOptions`, besides those every format has, that there is a choice of."""
 
     def probe(self, file: File) -> str | None:
         """What of this format was found, in a few words; None when nothing was. Never raises on content."""

@@ -51,7 +51,7 @@ def inflate_raw_zlib(data: Buffer, length: int) -> Buffer:
 
 def unzstd(data: Buffer, length: int) -> Buffer:
     """One or more zstd frames (RFC 8878) that together hold the unit."""
-    zstd = _zstd_module()
+    zstd = zstd_module()
     options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
     out = b""
     rest: Buffer = data
@@ -75,7 +75,8 @@ def _exact(out: Buffer, length: int, name: str) -> Buffer:
     raise CorruptImage(f"the {name} stream does not yield its unit: {length} bytes expected, {found} found")
 
 
-def _zstd_module() -> Any:
+def zstd_module() -> Any:
+    """The standard library's zstd, or its backport where that has none."""
     module: ModuleType
     if sys.version_info >= (3, 14):
         from compression import zstd as module

@@ -1,18 +1,21 @@
-"""qcow2 versions 2 and 3, for reading.
+"""qcow2 versions 2 and 3.
 
 Follows QEMU's docs/interop/qcow2.txt. Guest offset → L1 entry → L2 table (one cluster) → cluster, which is
 unallocated (reads from the backing file, else zero), zero, plain at an offset of the file, or compressed. With
-extended L2 entries each cluster splits into 32 subclusters that are unallocated, zero or plain one by one.
+extended L2 entries each cluster splits into 32 subclusters that are unallocated, zero or plain one by one. An
+internal snapshot is another L1 table. With an external data file the plain clusters lie there, each at the guest's
+own offset.
 
 Design notes
-- All integers are big-endian. L2 tables are decoded by numpy, a table at a time, into arrays of kind and offset;
-  neighbours of one kind become one run. Decoded tables are kept in a small cache that follows memory, not size.
+- All integers are big-endian. L2 tables are decoded by numpy, a table at a time, into arrays of kind and offset
+  (qcow2_l2.py); neighbours of one kind become one run. Decoded tables are kept in a small cache that follows memory,
+  not size.
 - A backing or data file is a fact: it is reported, and only ever opened through the resolver the caller passes.
 - Every pointer is checked against the file before it is followed: alignment, end of file.
 - Bytes may be missing from the file past the guest's end, nowhere else.
 
-Not here: writing, internal snapshots as a source, encrypted data, external data files (reported and refused).
-Checks of the whole structure are in qcow2_check.py.
+Not here: encrypted data (reported and refused), the state of the machine in snapshots, dirty bitmaps. Writing is in
+qcow2_writer.py, checks of the whole structure are in qcow2_check.py, repairs in qcow2_repair.py.
 """
 
 from __future__ import annotations
@@ -20,25 +23,28 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import (
     AS_IS,
     JSON,
+    Change,
     DiskFormat,
     DiskImage,
     Extent,
     Fact,
     File,
     ImageInfo,
+    ImageWriter,
     MiB,
     OpenOptions,
     Problem,
     Range,
     Reference,
     Resolver,
+    WriterOptions,
     clip,
     merge_extents,
     read_exactly,
@@ -47,14 +53,26 @@ from imagekit.formats.chain import Below
 from imagekit.formats.decoders import Decoder, inflate_raw, unzstd
 from imagekit.formats.qcow2_header import (
     CORRUPT,
-    DATA_FILE,
     DIRTY,
     KNOWN_INCOMPATIBLE,
     MAGIC,
     MAX_BACKING_NAME,
+    RAW_EXTERNAL,
     Extensions,
     Qcow2Header,
 )
+from imagekit.formats.qcow2_l2 import (
+    COMPRESSED,
+    COMPRESSED_FLAG,
+    L2,
+    OFFSET_MASK,
+    PLAIN,
+    SUBCLUSTERS,
+    UNALLOCATED,
+    ZERO,
+    decode_l2,
+)
+from imagekit.formats.qcow2_snapshots import Snapshot, as_header, find_snapshot, read_snapshots
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,15 +80,12 @@ if TYPE_CHECKING:
 
     Table = NDArray[np.uint64]
 
-OFFSET_MASK = 0x00FFFFFFFFFFFE00
-COMPRESSED_FLAG = 1 << 62
-ZERO_FLAG = 1
-
-UNALLOCATED, ZERO, PLAIN, COMPRESSED = range(4)
-SUBCLUSTERS = 32
 CACHE_BYTES = 16 * MiB
 SPAN_BYTES = 4 * MiB
 """Compressed neighbours are read by one pread up to this much."""
+LISTED_SNAPSHOTS = 1000
+LISTED_NAME = 256
+"""Characters of a snapshot's name that are reported."""
 
 
 class _Run(NamedTuple):
@@ -83,30 +98,25 @@ class _Run(NamedTuple):
     entries: Any = None
 
 
-class _L2(NamedTuple):
-    """One decoded L2 table: an item a cluster, or a subcluster with extended L2 entries."""
-
-    kinds: NDArray[np.uint8]
-    offsets: Table
-    descriptors: Table  # one a cluster
-
-
 class Qcow2Image(DiskImage):
-    def __init__(self, file: File, resolver: Resolver | None = None) -> None:
+    def __init__(self, file: File, resolver: Resolver | None = None, snapshot: str | None = None) -> None:
         self.file = file
         self.header = Qcow2Header.parse(file.pread(0, 105))
         self.header.validate(file.size)
-        self.virtual_size = self.header.size
         cluster = self.header.cluster_size
         head = file.pread(0, cluster)
         # The name of the backing file ends them too: older writers put no end mark before it.
         self.extensions = Extensions.parse(head[: self.header.backing_offset or None], self.header.header_length)
         self.references = self._references(head)
-        backing = next((one for one in self.references if one.kind == "backing-file"), None)
-        self._below = Below(backing, resolver, file.name)
+        self.snapshot = None if snapshot is None else find_snapshot(self.snapshots(), snapshot, file)
+        self._disk = self.header if self.snapshot is None else as_header(self.header, self.snapshot, file)
+        self.virtual_size = self._disk.size
+        by_kind = {one.kind: one for one in self.references}
+        self._below = Below(by_kind.get("backing-file"), resolver, file.name)
+        self._external = Below(by_kind.get("data-file"), resolver, file.name)
         self._lock = threading.Lock()
         self._l1: Table | None = None
-        self._cache: OrderedDict[int, _L2] = OrderedDict()
+        self._cache: OrderedDict[int, L2] = OrderedDict()
         self._unit = cluster // SUBCLUSTERS if self.header.extended_l2 else cluster
         self._decode: Decoder = unzstd if self.header.compression_type == 1 else inflate_raw
         # The table as stored and the two decoded arrays (an item a subcluster with extended L2).
@@ -125,9 +135,13 @@ class Qcow2Image(DiskImage):
                 raise InvalidImage(f"the backing file name ends at {end:#x}, outside the first cluster", offset=8)
             name = head[header.backing_offset : end].decode("utf-8", "replace")
             found.append(Reference("backing-file", name, self.extensions.backing_format))
-        if header.incompatible & DATA_FILE or self.extensions.data_file is not None:
+        if header.external_data or self.extensions.data_file is not None:
             found.append(Reference("data-file", self.extensions.data_file or "", "raw"))
         return tuple(found)
+
+    def snapshots(self) -> list[Snapshot]:
+        """The internal snapshots; InvalidImage or CorruptImage when the table of them cannot be read."""
+        return list(read_snapshots(self.file, self.header))
 
     def _facts(self) -> Iterator[Fact]:
         header = self.header
@@ -160,6 +174,21 @@ class Qcow2Image(DiskImage):
             "dirty": bool(header.incompatible & DIRTY),
             "corrupt": bool(header.incompatible & CORRUPT),
         }
+        if header.external_data:
+            features["data-file-raw"] = bool(header.autoclear & RAW_EXTERNAL)
+        if self.snapshot is not None:
+            features["snapshot"] = self.snapshot.name[:LISTED_NAME]
+        facts = list(self._facts())
+        try:
+            listed: list[JSON] = [
+                {"id": one.id[:LISTED_NAME], "name": one.name[:LISTED_NAME]}
+                for one in islice(read_snapshots(self.file, header), LISTED_SNAPSHOTS)
+            ]
+        except (InvalidImage, CorruptImage) as error:
+            facts.append(Fact("snapshot-table", f"the snapshots cannot be listed: {error.message}", error.offset))
+        else:
+            if listed:
+                features["snapshot-list"] = listed
         return ImageInfo(
             format="qcow2",
             virtual_size=self.virtual_size,
@@ -167,7 +196,7 @@ class Qcow2Image(DiskImage):
             block_size=header.cluster_size,
             features=features,
             references=self.references,
-            facts=tuple(self._facts()),
+            facts=tuple(facts),
         )
 
     # --- tables ----------------------------------------------------------------------------------------------
@@ -185,19 +214,24 @@ class Qcow2Image(DiskImage):
         for fact in self._facts():
             if fact.code == "unknown-feature":
                 raise UnsupportedFeature(fact.message, path=self.file.name, offset=fact.offset)
-        if any(reference.kind == "data-file" for reference in self.references):
-            raise UnsupportedFeature(
-                "the guest's data is in another file, which imagekit does not read",
-                hint="make it one file with qemu-img convert, where its origin is trusted",
+        if self.extensions.data_file is not None and not self.header.external_data:
+            raise InvalidImage(
+                f"the header names a data file {self.extensions.data_file!r}, and its feature bits say there is none",
+                hint="no program writes such an image: ask who made it",
                 path=self.file.name,
             )
+        if self.header.external_data and not self.extensions.data_file:
+            raise InvalidImage(
+                "the guest's data is in another file, which the header does not name", path=self.file.name
+            )
+        self._external.image()  # nothing is read of an image whose data nobody allowed to open
 
     def _l1_table(self) -> Table:
         if self._l1 is None:
             import numpy as np
 
             self._readable()
-            raw = read_exactly(self.file, self.header.l1_offset, self.header.l1_size * 8, "the L1 table")
+            raw = read_exactly(self.file, self._disk.l1_offset, self._disk.l1_size * 8, "the L1 table")
             self._l1 = np.frombuffer(raw, ">u8").astype(np.uint64)
         return self._l1
 
@@ -215,10 +249,10 @@ class Qcow2Image(DiskImage):
             message,
             hint="the file looks damaged or truncated; fetch it again and compare its checksum",
             path=self.file.name,
-            offset=self.header.l1_offset + index * 8,
+            offset=self._disk.l1_offset + index * 8,
         )
 
-    def _l2_table(self, index: int) -> _L2 | None:
+    def _l2_table(self, index: int) -> L2 | None:
         """The decoded L2 table of an L1 index, None when there is none."""
         entry = int(self._l1_table()[index])
         if not entry & OFFSET_MASK:
@@ -229,78 +263,13 @@ class Qcow2Image(DiskImage):
             if table is not None:
                 self._cache.move_to_end(offset)
                 return table
-        table = self._read_l2(offset)
+        raw = read_exactly(self.file, offset, self.header.cluster_size, "an L2 table")
+        table = decode_l2(raw, self.header, self.file, offset)
         with self._lock:
             self._cache[offset] = table
             while len(self._cache) > self._cached_tables:
                 self._cache.popitem(last=False)
         return table
-
-    def _read_l2(self, offset: int) -> _L2:
-        import numpy as np
-
-        raw = np.frombuffer(read_exactly(self.file, offset, self.header.cluster_size, "an L2 table"), ">u8")
-        if self.header.extended_l2:
-            words = raw.astype(np.uint64).reshape(-1, 2)
-            kinds, offsets = self._decode_extended(words, offset)
-            return _L2(kinds, offsets, words[:, 0])
-        descriptors = raw.astype(np.uint64)
-        compressed = (descriptors & np.uint64(COMPRESSED_FLAG)) != 0
-        offsets = np.where(compressed, np.uint64(0), descriptors & np.uint64(OFFSET_MASK))
-        kinds = np.where(offsets != 0, PLAIN, UNALLOCATED).astype(np.uint8)
-        kinds[(descriptors & np.uint64(ZERO_FLAG)) != 0] = ZERO
-        kinds[compressed] = COMPRESSED
-        if self.header.version == 2 and (kinds == ZERO).any():
-            entry = int((kinds == ZERO).argmax())
-            raise CorruptImage(
-                "an L2 entry has the zero flag, which version 2 does not have",
-                path=self.file.name,
-                offset=offset + entry * 8,
-            )
-        self._check_plain(offsets, kinds, offset)
-        return _L2(kinds, offsets, descriptors)
-
-    def _decode_extended(self, words: Table, at: int) -> tuple[NDArray[np.uint8], Table]:
-        """Kinds and offsets by subcluster (bit i of each half of the bitmap, low half: allocated)."""
-        import numpy as np
-
-        descriptors, bitmaps = words[:, 0], words[:, 1]
-        # Little-endian bytes with little bit order: column i is bit i.
-        bits = np.unpackbits(bitmaps.astype("<u8").view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
-        allocated, zero = bits[:, :SUBCLUSTERS] != 0, bits[:, SUBCLUSTERS:] != 0
-        compressed = (descriptors & np.uint64(COMPRESSED_FLAG)) != 0
-        offsets = np.where(compressed, np.uint64(0), descriptors & np.uint64(OFFSET_MASK))
-        lost = (allocated & zero).any(axis=1) | (allocated.any(axis=1) & (offsets == 0))
-        wrong = np.flatnonzero((lost | ((descriptors & np.uint64(1)) != 0)) & ~compressed)
-        if len(wrong):
-            raise CorruptImage(
-                "an extended L2 entry contradicts its bitmap",
-                path=self.file.name,
-                offset=at + int(wrong[0]) * 16,
-            )
-        kinds = np.where(allocated, PLAIN, UNALLOCATED).astype(np.uint8)
-        kinds[zero] = ZERO
-        kinds[compressed] = COMPRESSED
-        steps = np.arange(SUBCLUSTERS, dtype=np.uint64) * np.uint64(self._unit)
-        spread = np.where(offsets[:, None] != 0, offsets[:, None] + steps, np.uint64(0))
-        self._check_plain(offsets, np.where((kinds == PLAIN).any(axis=1), PLAIN, UNALLOCATED), at)
-        return kinds.reshape(-1), spread.reshape(-1)
-
-    def _check_plain(self, offsets: Table, kinds: NDArray[Any], at: int) -> None:
-        import numpy as np
-
-        mask = np.uint64(self.header.cluster_size - 1)
-        # A file may end inside its last cluster, where the guest's disk ends too: checked when that is read.
-        wrong = np.flatnonzero((kinds == PLAIN) & (((offsets & mask) != 0) | (offsets >= np.uint64(self.file.size))))
-        if len(wrong):
-            entry = int(wrong[0])
-            raise CorruptImage(
-                f"an L2 entry points to {int(offsets[entry]):#x}: not on a cluster or behind the file's end "
-                f"{self.file.size:#x}",
-                hint="the file looks damaged or truncated; fetch it again and compare its checksum",
-                path=self.file.name,
-                offset=at + entry * self.header.l2_entry_size,
-            )
 
     # --- the guest's view ------------------------------------------------------------------------------------
 
@@ -323,7 +292,7 @@ class Qcow2Image(DiskImage):
                 yield from self._table_runs(table, index * span, start, stop)
             start = stop
 
-    def _table_runs(self, table: _L2, base: int, start: int, stop: int) -> Iterator[_Run]:
+    def _table_runs(self, table: L2, base: int, start: int, stop: int) -> Iterator[_Run]:
         import numpy as np
 
         unit = self._unit
@@ -343,7 +312,15 @@ class Qcow2Image(DiskImage):
                 yield _Run(begin, end - begin, kind, 0, table.descriptors[clusters])
             else:
                 inside = begin - (base + (first + one) * unit)
-                yield _Run(begin, end - begin, kind, int(offsets[one]) + inside)
+                offset = int(offsets[one]) + inside
+                if self.header.external_data and kind == PLAIN and offset != begin:
+                    raise CorruptImage(
+                        f"guest bytes from {begin:#x} should lie at {offset:#x} of the data file, not at their own "
+                        "offset",
+                        hint="the file looks damaged; fetch it again and compare its checksum",
+                        path=self.file.name,
+                    )
+                yield _Run(begin, end - begin, kind, offset)
 
     def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extent]:
         return merge_extents(self._extents(*clip(start, length, self.virtual_size)))
@@ -351,15 +328,14 @@ class Qcow2Image(DiskImage):
     def _extents(self, start: int, end: int) -> Iterator[Extent]:
         for run in self._runs(start, end):
             if run.kind == PLAIN:
-                if run.offset + run.length > self.file.size:
-                    raise CorruptImage(
-                        f"guest bytes from {run.start:#x} should lie up to {run.offset + run.length:#x}, "
-                        f"but the file ends at {self.file.size:#x}",
-                        hint="the file looks truncated; fetch it again and compare its checksum",
-                        path=self.file.name,
-                        offset=run.offset,
-                    )
-                yield Extent(run.start, run.length, data=True, zero=False, offset=run.offset)
+                data = self._external.image()
+                self._check_end(run, self.file.size if data is None else data.virtual_size)
+                if data is None:
+                    yield Extent(run.start, run.length, data=True, zero=False, offset=run.offset)
+                else:
+                    # The kernel can copy from our own file only: what lies in another has no offset here.
+                    for one in data.extents(run.offset, run.length):
+                        yield Extent(one.start, one.length, one.data, one.zero, compressed=one.compressed)
             elif run.kind == COMPRESSED:
                 yield Extent(run.start, run.length, data=True, zero=False, compressed=True)
             elif run.kind == ZERO:
@@ -379,7 +355,22 @@ class Qcow2Image(DiskImage):
             else:
                 part[:] = bytes(len(part))
 
+    def _check_end(self, run: _Run, end: int) -> None:
+        if run.offset + run.length > end:
+            raise CorruptImage(
+                f"guest bytes from {run.start:#x} should lie up to {run.offset + run.length:#x}, "
+                f"but the {'data ' * self.header.external_data}file ends at {end:#x}",
+                hint="the file looks truncated; fetch it again and compare its checksum",
+                path=self.file.name,
+                offset=None if self.header.external_data else run.offset,
+            )
+
     def _read_plain(self, run: _Run, part: memoryview) -> None:
+        data = self._external.image()
+        if data is not None:
+            self._check_end(run, data.virtual_size)
+            data.pread_into(run.offset, part)
+            return
         count = self.file.pread_into(run.offset, part)
         if count != len(part):
             raise CorruptImage(
@@ -446,23 +437,37 @@ class Qcow2Image(DiskImage):
 
     def close(self) -> None:
         self._below.close()
+        self._external.close()
         self.file.close()
 
 
 class Qcow2Format(DiskFormat):
     name = "qcow2"
     suffixes = (".qcow2", ".qcow")
+    subformats = ("v3",)
+    reads = ("snapshot",)
+    writes = ("block_size", "compression")
 
     def probe(self, file: File) -> str | None:
         return "qcow2 magic at 0" if file.pread(0, 4) == MAGIC else None
 
     def open(self, file: File, *, resolver: Resolver | None = None, options: OpenOptions = AS_IS) -> Qcow2Image:
-        return Qcow2Image(file, resolver)
+        return Qcow2Image(file, resolver, options.snapshot)
+
+    def writer(self, virtual_size: int, options: WriterOptions) -> ImageWriter:
+        from imagekit.formats.qcow2_writer import new_writer
+
+        return new_writer(virtual_size, options)
 
     def check(self, file: File) -> list[Problem]:
         from imagekit.formats.qcow2_check import check
 
         return check(self.open(file))
+
+    def repair(self, file: File) -> list[Change]:
+        from imagekit.formats.qcow2_repair import repair
+
+        return repair(self.open(file))
 
 
 FORMAT = Qcow2Format()

@@ -8,16 +8,16 @@ refuses to read.
 Clusters are counted in windows of the file, in the order of the file; memory follows the window, not the image. What
 a window needs of the L2 tables is read again: they are small, and most lead to few windows.
 
-Not here: the walk through the tables (qcow2_claims.py), repairs.
+Not here: the walk through the tables (qcow2_claims.py), repairs (qcow2_repair.py), which begin with this count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
-from imagekit.errors import CorruptImage, UnsupportedFeature
-from imagekit.formats.base import Problem
+from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
+from imagekit.formats.base import Problem, Reference
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.qcow2 import Qcow2Image
 from imagekit.formats.qcow2_claims import COPIED, Claim, Walk
@@ -36,35 +36,60 @@ WINDOW = 1 << 20
 MAX_WINDOWS = 4096
 LISTED = 100
 """Problems listed one by one, of damage and of leaks each."""
+MAX_DISK = 1 << 63
 
 
 def check(image: Qcow2Image) -> list[Problem]:
     """Everything wrong with the structure; empty when sound. UnsupportedFeature for what is not understood."""
-    header, found = image.header, _Found()
-    unknown = header.incompatible & ~KNOWN_INCOMPATIBLE
-    if unknown:
-        raise UnsupportedFeature(f"unknown incompatible feature bits {unknown:#x}", path=image.file.name, offset=72)
+    refuse_unknown(image)
+    header, found = image.header, Found()
     if header.incompatible & CORRUPT:
         found.add("corrupt-bit", "QEMU marked this image corrupt", 72)
-    _Counting(image, found).run()
+    counting = Counting(image, found)
+    for window in counting.windows():
+        _check_window(counting, window, found)
     if not found.damaged:
         _read_through(image, found)
     return found.problems()
 
 
-def _read_through(image: Qcow2Image, found: _Found) -> None:
+def refuse_unknown(image: Qcow2Image) -> None:
+    """UnsupportedFeature for an image with features that may mean anything."""
+    unknown = image.header.incompatible & ~KNOWN_INCOMPATIBLE
+    if unknown:
+        raise UnsupportedFeature(f"unknown incompatible feature bits {unknown:#x}", path=image.file.name, offset=72)
+
+
+def _check_window(counting: Counting, window: Window, found: Found) -> None:
+    stored, used = window.stored, window.used
+
+    def what(at: int) -> str:
+        return f"used {int(used[at])} times, but its refcount is {int(stored[at])}"
+
+    counting.report_clusters("refcount-low", stored < used, window.low, what)
+    counting.report_clusters("leak", stored > used, window.low, what, leak=True)
+    counting.report_overlap(window)
+    for flags in counting.copied_flags(window, stored):
+        message = f"{flags.name} entry {{}}: the copied flag does not go with the refcount"
+        found.entries("copied-flag", message.format, flags.entries, flags.table, flags.step)
+
+
+def _read_through(image: Qcow2Image, found: Found) -> None:
     """What the reader refuses is damage too: a cluster cut short by the file's end."""
-    empty = RawImage(MemoryFile(), 0)
+
+    def zeros(reference: Reference) -> RawImage:
+        return RawImage(MemoryFile(), MAX_DISK if reference.kind == "data-file" else 0)
+
     try:
-        for _ in Qcow2Image(image.file, resolver=lambda _: empty).extents():
+        for _ in Qcow2Image(image.file, resolver=zeros).extents():
             pass
     except CorruptImage as error:
-        found.add("cut-short", error.message, error.offset)
-    except UnsupportedFeature:
-        return  # encrypted, or the data is elsewhere: the structure is all there is to check
+        found.add("contradiction" if image.header.external_data else "cut-short", error.message, error.offset)
+    except (InvalidImage, UnsupportedFeature):
+        return  # encrypted, or nobody knows where the data is: the structure is all there is to check
 
 
-class _Found:
+class Found:
     """The problems: the first of each kind one by one, the rest as a number."""
 
     def __init__(self) -> None:
@@ -104,10 +129,31 @@ class _Found:
         return out
 
 
-class _Counting:
+class Window(NamedTuple):
+    """Clusters from ``low`` on: their stored refcounts, how often they are used, and which tables lead to them."""
+
+    low: int
+    stored: Counts
+    used: Counts
+    overlap: NDArray[np.bool_]
+    near: list[int]
+
+
+class CopiedFlags(NamedTuple):
+    """Entries of one table, at ``table`` of the file and each ``step`` bytes long, whose copied flag is wrong."""
+
+    name: str
+    table: int
+    step: int
+    entries: Offsets
+    set: NDArray[np.bool_]
+    """Whether it is set, of each of them."""
+
+
+class Counting:
     """Counts the references to each cluster and compares with what is stored."""
 
-    def __init__(self, image: Qcow2Image, found: _Found) -> None:
+    def __init__(self, image: Qcow2Image, found: Found) -> None:
         import numpy as np
 
         self._file = image.file
@@ -129,14 +175,15 @@ class _Counting:
             0,
         )
 
-    def run(self) -> None:
+    def windows(self) -> Iterator[Window]:
+        """The windows of the file that anything leads to, in order; none where there are no refcounts."""
         windows = self._look_at_tables()
         if self._walk.refcount_blocks is None:
             return  # said already; without refcounts there is nothing to compare with
         if len(windows) > MAX_WINDOWS:
             raise UnsupportedFeature(f"the image has references to {len(windows)} windows of {WINDOW} clusters")
         for window in sorted(windows):
-            self._check_window(window * WINDOW, min((window + 1) * WINDOW, self._clusters))
+            yield self._count(window * WINDOW, min((window + 1) * WINDOW, self._clusters))
 
     def _look_at_tables(self) -> set[int]:
         """Report what is wrong with L2 entries; note which windows anything leads to."""
@@ -152,9 +199,9 @@ class _Counting:
                 windows |= self._windows(clusters)
         blocks = self._walk.refcount_blocks
         if blocks is not None:
-            first = np.flatnonzero(blocks >= 0) * self._per_block
+            first = np.flatnonzero(blocks >= 0) * self.per_block
             for start in first[first < self._clusters].tolist():
-                end = min(start + self._per_block, self._clusters)
+                end = min(start + self.per_block, self._clusters)
                 windows.update(range(start // WINDOW, -(-end // WINDOW)))
         return windows
 
@@ -184,7 +231,7 @@ class _Counting:
 
     # --- one window ------------------------------------------------------------------------------------------
 
-    def _check_window(self, low: int, high: int) -> None:
+    def _count(self, low: int, high: int) -> Window:
         import numpy as np
 
         own, tables, data = (np.zeros(high - low, dtype=np.int64) for _ in range(3))
@@ -194,11 +241,12 @@ class _Counting:
         near = np.flatnonzero((self._reach[:, 0] < high) & (self._reach[:, 1] > low)).tolist()
         for index in near:
             self._add(data, self._data(int(self._tables[index])), low, int(self._weights[index]))
-        stored = self._stored(low, high)
-        self._compare(low, stored, (own + tables + data).astype(np.uint64))
         overlap = (own > 1) | ((own > 0) & (tables + data > 0)) | ((tables > 0) & (data > 0))
-        self._report_clusters("overlap", overlap, low, lambda at: "metadata overlaps something else")
-        self._check_copied(low, stored, near)
+        used = (own + tables + data).astype(np.uint64)
+        return Window(low, self._stored(low, high), used, overlap, near)
+
+    def report_overlap(self, window: Window) -> None:
+        self.report_clusters("overlap", window.overlap, window.low, lambda at: "metadata overlaps something else")
 
     @staticmethod
     def _add(counts: Offsets, clusters: Offsets, low: int, weight: Offsets | int = 1) -> None:
@@ -208,7 +256,7 @@ class _Counting:
         np.add.at(counts, clusters[inside] - low, weight if isinstance(weight, int) else weight[inside])
 
     @property
-    def _per_block(self) -> int:
+    def per_block(self) -> int:
         """Clusters that one refcount block speaks for."""
         return (self._header.cluster_size * 8) >> self._header.refcount_order
 
@@ -217,7 +265,7 @@ class _Counting:
         import numpy as np
 
         out = np.zeros(high - low, dtype=np.uint64)
-        blocks, per_block = self._walk.refcount_blocks, self._per_block
+        blocks, per_block = self._walk.refcount_blocks, self.per_block
         assert blocks is not None
         at = low
         while at < high and at // per_block < len(blocks):
@@ -232,14 +280,7 @@ class _Counting:
             at += count
         return out
 
-    def _compare(self, low: int, stored: Counts, used: Counts) -> None:
-        def what(at: int) -> str:
-            return f"used {int(used[at])} times, but its refcount is {int(stored[at])}"
-
-        self._report_clusters("refcount-low", stored < used, low, what)
-        self._report_clusters("leak", stored > used, low, what, leak=True)
-
-    def _report_clusters(
+    def report_clusters(
         self, code: str, wrong: NDArray[np.bool_], low: int, what: Callable[[int], str], *, leak: bool = False
     ) -> None:
         import numpy as np
@@ -254,28 +295,44 @@ class _Counting:
             leak=leak,
         )
 
-    def _check_copied(self, low: int, stored: Counts, near: list[int]) -> None:
-        """The copied flag of the active tables says that the refcount is exactly one."""
+    def has_refcount(self, window: Window) -> NDArray[np.bool_]:
+        """Whether there is a refcount block for each of the window's clusters."""
         import numpy as np
 
+        blocks = self._walk.refcount_blocks
+        assert blocks is not None
+        number = (window.low + np.arange(len(window.stored))) // self.per_block
+        there: NDArray[np.bool_] = number < len(blocks)
+        there[there] = blocks[number[there]] >= 0
+        return there
+
+    def refcount_at(self, cluster: int) -> int:
+        """File offset of the byte that the refcount of a cluster with one begins in."""
+        block, inside = divmod(cluster, self.per_block)
+        blocks = self._walk.refcount_blocks
+        assert blocks is not None
+        return int(blocks[block]) + (inside << self._header.refcount_order) // 8
+
+    def copied_flags(self, window: Window, counts: Counts) -> Iterator[CopiedFlags]:
+        """Wrong flags of the active tables, where ``counts`` are the refcounts: set is to say exactly one."""
+        import numpy as np
+
+        def wrong(places: Offsets, copied: NDArray[np.bool_]) -> Offsets:
+            clusters = places // self._header.cluster_size - window.low
+            inside = np.flatnonzero((places >= 0) & (clusters >= 0) & (clusters < len(counts)))
+            differ: Offsets = inside[(counts[clusters[inside]] == 1) != copied[inside]]
+            return differ
+
         walk = self._walk
-
-        def report(
-            name: str, places: Offsets, copied: NDArray[np.bool_], entries: Offsets, at: int, step: int
-        ) -> None:
-            clusters = places // self._header.cluster_size - low
-            inside = np.flatnonzero((places >= 0) & (clusters >= 0) & (clusters < len(stored)))
-            wrong = inside[(stored[clusters[inside]] == 1) != copied[inside]]
-            what = f"{name} entry {{}}: the copied flag does not go with the refcount"
-            self._found.entries("copied-flag", what.format, entries[wrong], at, step)
-
-        every = np.arange(len(walk.l1), dtype=np.int64)
-        report("L1", walk.l1_places, (walk.l1 & np.uint64(COPIED)) != 0, every, self._header.l1_offset, 8)
-        for index in near:
+        copied = (walk.l1 & np.uint64(COPIED)) != 0
+        entries = wrong(walk.l1_places, copied)
+        yield CopiedFlags("L1", self._header.l1_offset, 8, entries, copied[entries])
+        for index in window.near:
             if self._active[index]:
                 offset = int(self._tables[index])
                 table = walk.l2_table(offset)
-                report("L2", table.plain, table.copied, table.entries, offset, self._header.l2_entry_size)
+                at = wrong(table.plain, table.copied)
+                yield CopiedFlags("L2", offset, self._header.l2_entry_size, table.entries[at], table.copied[at])
 
 
 def unpack_refcounts(raw: bytes, order: int) -> Counts:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from imagekit.formats.base import MiB, Range, round_up
-from imagekit.formats.qcow2_header import DATA_FILE, MAX_L1_BYTES
+from imagekit.formats.qcow2_header import MAX_L1_BYTES, MAX_REFCOUNT_BYTES
+from imagekit.formats.qcow2_snapshots import MAX_SNAPSHOT_BYTES, SNAPSHOT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,12 +36,9 @@ COPIED = 1 << 63
 COMPRESSED = 1 << 62
 OFFSET = 0x00FFFFFFFFFFFE00
 
-MAX_REFCOUNT_BYTES = 8 * MiB  # QEMU's own limit (QCOW_MAX_REFTABLE_SIZE)
-MAX_SNAPSHOT_BYTES = 64 * MiB  # QEMU's own limit (QCOW_MAX_SNAPSHOTS_SIZE), and that of the bitmap directory
 MAX_DIRECTORY_BYTES = 64 * MiB
 MAX_CRYPTO_BYTES = 64 * MiB
 
-_SNAPSHOT = struct.Struct(">QIHHIIQII")
 _BITMAP = struct.Struct(">QIIBBHI")
 
 
@@ -83,7 +81,7 @@ class Walk:
         self.size = image.file.size
         self.header = image.header
         self.cluster = image.header.cluster_size
-        self.own_data = not image.header.incompatible & DATA_FILE
+        self.own_data = not image.header.external_data
         self._report = report
         self.refcount_blocks = self._refcount_blocks()
         """Where each refcount block lies (-1: none); None when there is no table that could say it."""
@@ -169,12 +167,12 @@ class Walk:
         """End of the snapshot table, and (offset, entries) of the L1 tables in it."""
         start, count = self.header.snapshots_offset, self.header.snapshot_count
         at, tables = start, []
-        if count == 0 or not self._region("snapshot table", start, count * _SNAPSHOT.size, MAX_SNAPSHOT_BYTES):
+        if count == 0 or not self._region("snapshot table", start, count * SNAPSHOT.size, MAX_SNAPSHOT_BYTES):
             return start, []
         for number in range(count):
-            data = self.file.pread(at, _SNAPSHOT.size)
-            offset, entries, id_length, name_length, *_, extra = _SNAPSHOT.unpack(data.ljust(_SNAPSHOT.size, b"\0"))
-            end = at + _SNAPSHOT.size + extra + id_length + name_length
+            data = self.file.pread(at, SNAPSHOT.size)
+            offset, entries, id_length, name_length, *_, extra = SNAPSHOT.unpack(data.ljust(SNAPSHOT.size, b"\0"))
+            end = at + SNAPSHOT.size + extra + id_length + name_length
             if end > min(self.size, start + MAX_SNAPSHOT_BYTES):
                 self._one("outside", f"snapshot {number} ends at {end:#x}, behind its table or the file", at)
                 break
@@ -259,12 +257,13 @@ class Walk:
         is_compressed = (descriptors & np.uint64(COMPRESSED)) != 0
         places = (descriptors & np.uint64(OFFSET)).astype(np.int64)
         used = (places != 0) & ~is_compressed & self.own_data
-        starts, lengths = self.image.compressed_spans(descriptors[is_compressed])
+        streams = np.flatnonzero(is_compressed & self.own_data)
+        starts, lengths = self.image.compressed_spans(descriptors[streams])
         if report:
             self._report_entries(words, is_compressed, places, offset)
             self._placed("L2 entry", places, used, offset, step, round_up(self.size, self.cluster))
             # A stream may end before its last sector does, so only where it starts can be judged.
-            behind = np.flatnonzero(is_compressed)[starts >= self.size]
+            behind = streams[starts >= self.size]
             self._report(
                 "outside", "compressed L2 entry {} points behind the file's end".format, behind, offset, step
             )
@@ -279,12 +278,19 @@ class Walk:
         plain = np.where(is_compressed, np.uint64(0), descriptors)
         no_zero_flag = self.header.version == 2 or self.header.extended_l2
         self._reserved("L2 entry", plain, at, step, L2_RESERVED | no_zero_flag)
-        wrong = is_compressed & ((descriptors & np.uint64(COPIED)) != 0)
+        copied = (descriptors & np.uint64(COPIED)) != 0
+        wrong = is_compressed & copied
+        if not self.own_data:
+            wrong |= is_compressed
+            uncopied = np.flatnonzero((places != 0) & ~is_compressed & ~copied)
+            what = "L2 entry {}: no copied flag on a cluster of the data file"
+            self._report("copied-flag", what.format, uncopied, at, step)
         if self.header.extended_l2:
             bitmaps = words[:, 1]
             allocated = bitmaps & np.uint64(0xFFFFFFFF)
             both = allocated & (bitmaps >> np.uint64(32))
-            wrong |= np.where(is_compressed, bitmaps != 0, (both != 0) | ((allocated != 0) & (places == 0)))
+            nowhere = (places == 0) & (self.own_data | ~copied)
+            wrong |= np.where(is_compressed, bitmaps != 0, (both != 0) | ((allocated != 0) & nowhere))
         self._report(
             "contradiction",
             lambda entry: f"L2 entry {entry} ({int(descriptors[entry]):#x}) contradicts its flags or its bitmap",

@@ -11,12 +11,16 @@ from imagekit.formats.base import MiB
 MAGIC = b"QFI\xfb"
 V2_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")  # bytes 0..71, the whole header of version 2
 V3_HEADER = struct.Struct(">QQQII")  # bytes 72..103
+MIN_CLUSTER, MAX_CLUSTER = 512, 2 * MiB
 MAX_L1_BYTES = 32 * MiB  # QEMU's own limit (QCOW_MAX_L1_SIZE)
+MAX_REFCOUNT_BYTES = 8 * MiB  # QEMU's own limit (QCOW_MAX_REFTABLE_SIZE)
 MAX_BACKING_NAME = 1023
 MAX_EXTENSIONS = 64
 
 DIRTY, CORRUPT, DATA_FILE, COMPRESSION_TYPE, EXTENDED_L2 = (1 << bit for bit in range(5))
-BITMAPS_VALID = 1  # autoclear
+BITMAPS_VALID, RAW_EXTERNAL = 1, 2  # autoclear
+KNOWN_AUTOCLEAR = BITMAPS_VALID | RAW_EXTERNAL
+INCOMPATIBLE_AT, AUTOCLEAR_AT = 72, 88
 KNOWN_INCOMPATIBLE = DIRTY | CORRUPT | DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2
 
 EXT_END = 0
@@ -24,6 +28,10 @@ EXT_BACKING_FORMAT = 0xE2792ACA
 EXT_DATA_FILE = 0x44415441
 EXT_BITMAPS = 0x23852875
 EXT_CRYPTO_HEADER = 0x0537BE77
+EXT_FEATURE_NAMES = 0x6803F857
+
+_INCOMPATIBLE_NAMES = ("dirty bit", "corrupt bit", "external data file", "compression type", "extended L2 entries")
+_FEATURE_NAME = struct.Struct(">BB46s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +103,11 @@ class Qcow2Header:
         return bool(self.incompatible & EXTENDED_L2)
 
     @property
+    def external_data(self) -> bool:
+        """Whether the guest's data lies in another file, each cluster at the guest's own offset."""
+        return bool(self.incompatible & DATA_FILE)
+
+    @property
     def bitmaps_valid(self) -> bool:
         """Whether every program that wrote the image kept its bitmaps in step."""
         return bool(self.autoclear & BITMAPS_VALID)
@@ -119,8 +132,6 @@ class Qcow2Header:
             raise InvalidImage(f"cluster_bits {self.cluster_bits}, expected 9..21", offset=20)
         if self.extended_l2 and self.cluster_bits < 14:
             raise InvalidImage(f"extended L2 entries with cluster_bits {self.cluster_bits} < 14", offset=20)
-        if self.size >= 1 << 63:
-            raise InvalidImage(f"virtual size {self.size} is not below 2^63", offset=24)
         if self.version == 3:
             if self.header_length < 104 or self.header_length % 8 or self.header_length > self.cluster_size:
                 raise InvalidImage(f"header length {self.header_length}", offset=100)
@@ -128,9 +139,12 @@ class Qcow2Header:
                 raise InvalidImage(f"compression type {self.compression_type} against its feature bit", offset=104)
             if self.refcount_order > 6:
                 raise InvalidImage(f"refcount order {self.refcount_order}, expected 0..6", offset=96)
-        self._validate_l1(file_size)
+        self.validate_disk(file_size)
 
-    def _validate_l1(self, file_size: int) -> None:
+    def validate_disk(self, file_size: int) -> None:
+        """Bound what is said of the disk itself: its size and its L1 table."""
+        if self.size >= 1 << 63:
+            raise InvalidImage(f"virtual size {self.size} is not below 2^63", offset=24)
         needed = -(-self.size // (self.cluster_size * self.l2_entries))
         if self.l1_size < needed:
             raise InvalidImage(f"the L1 table has {self.l1_size} entries, the virtual size needs {needed}", offset=36)
@@ -184,3 +198,13 @@ class Extensions:
                 crypto_header = struct.unpack_from(">QQ", body)
             at += 8 + length + -length % 8
         return cls(backing_format, data_file, bitmaps, bitmap_directory, crypto_header)
+
+
+def feature_names(incompatible: int) -> bytes:
+    """The header extension that names those incompatible features, as QEMU calls them."""
+    names = b"".join(
+        _FEATURE_NAME.pack(0, bit, name.encode())
+        for bit, name in enumerate(_INCOMPATIBLE_NAMES)
+        if incompatible & 1 << bit
+    )
+    return struct.pack(">II", EXT_FEATURE_NAMES, len(names)) + names

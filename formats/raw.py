@@ -12,6 +12,7 @@ from imagekit.errors import CorruptImage, UnsupportedFeature
 from imagekit.formats.base import (
     AS_IS,
     BlockRuns,
+    Change,
     DiskFormat,
     DiskImage,
     Extent,
@@ -22,6 +23,7 @@ from imagekit.formats.base import (
     OpenOptions,
     Range,
     Resolver,
+    Truncate,
     WriterOptions,
     clip,
     merge_extents,
@@ -47,6 +49,30 @@ class RawImage(DiskImage):
 
     def close(self) -> None:
         self.file.close()
+
+
+class ZeroImage(DiskImage):
+    """A disk of zeros that lies in no file: what a new disk holds."""
+
+    def __init__(self, virtual_size: int) -> None:
+        self.virtual_size = virtual_size
+
+    def info(self) -> ImageInfo:
+        return ImageInfo(format="raw", virtual_size=self.virtual_size)
+
+    def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extent]:
+        start, end = clip(start, length, self.virtual_size)
+        if start < end:
+            yield Extent(start, end - start, data=False, zero=True, present=False)
+
+    def pread_into(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = bytes(len(buffer))
+
+    def ranges(self) -> Iterator[Range]:
+        return iter(())
+
+    def close(self) -> None:
+        pass
 
 
 def flat_extents(file: File, start: int, end: int) -> Iterator[Extent]:
@@ -100,6 +126,16 @@ class RawFormat(DiskFormat):
         if options.block_size is not None:
             raise UnsupportedFeature("a raw disk has no blocks", hint="leave out --block-size")
         return FlatWriter(virtual_size)
+
+    def resize(self, file: File, size: int) -> Iterator[Change]:
+        lost = self.open(file).first_data(size)
+        if lost is not None:
+            raise UnsupportedFeature(
+                f"the disk holds data at {lost:#x}, behind the new end {size:#x}",
+                hint="shrink its partitions and file systems first",
+                path=file.name,
+            )
+        yield Truncate(size)
 
 
 FORMAT = RawFormat()

@@ -23,12 +23,6 @@ from imagekit.formats.base import DiskFormat, File
 ENTRY_POINTS = "imagekit.formats"
 
 NAMED_ONLY: tuple[tuple[str, int, bytes], ...] = (
-    ("vhdx", 0, b"vhdxfile"),
-    ("vmdk", 0, b"KDMV"),
-    ("vmdk", 0, b"COWD"),
-    ("vmdk", 0, b"\xbe\xba\xfe\xca\x00\x00\x00\x00"),
-    ("vmdk", 0, b"# Disk DescriptorFile"),
-    ("vdi", 64, b"\x7f\x10\xda\xbe"),
     ("qed", 0, b"QED\0"),
     ("parallels", 0, b"WithoutFreeSpace"),
     ("parallels", 0, b"WithouFreSpacExt"),

@@ -1,36 +1,37 @@
-"""VHD (also called VPC): fixed and dynamic disks, read and written.
+"""VHD (also called VPC): fixed, dynamic and differencing disks, read.
 
 Follows Microsoft's "Virtual Hard Disk Image Format Specification" 1.0; where Windows' own files differ from it or go
-beyond it, the files win: the layout written here is the one that Windows 8 and later write.
+beyond it, the files win.
 
-    fixed     data, footer
-    dynamic   footer copy at 0, dynamic header at 512, BAT, blocks, footer
-    block     sector bitmap (one bit a sector, rounded up to 512), then the data
+    fixed           data, footer
+    dynamic         footer copy at 0, dynamic header at 512, BAT, blocks, footer
+    differencing    the same, with the names of the parent between header and blocks
+    block           sector bitmap (one bit a sector, rounded up to 512), then the data
 
 Design notes
 - All integers are big-endian. The BAT holds the 512-byte sector of each block's bitmap, all ones when not allocated.
-- Windows fills the BAT's last page with ones, puts the bitmap at the end of a 4 KiB pad, so that data is 4
-  KiB-aligned, and the footer where the next bitmap would go. A disk laid out otherwise works, but Windows reports
-  it as not aligned.
-- The guest's size is the current size, except for two creators that rounded to a geometry (`CHS_CREATORS`).
-- In a dynamic disk the bitmap is not consulted: every writer leaves zeros under a clear bit.
+- The guest's size is the current size, except for two creators that rounded to a geometry (`CHS_CREATORS`), or
+  where the caller says which one counts.
+- In a dynamic disk the bitmap is not consulted: every writer leaves zeros under a clear bit. In a differencing disk
+  a set bit is a sector of this file, a clear one a sector of the parent. Of a bitmap only the part asked for is read;
+  none is kept.
+- The parent is opened at first need, through the caller's resolver (chain.py); its names are in vhd_locators.py.
 
-Not here: differencing disks (reported, not read), the checks of a whole file (vhd_check.py).
+Not here: writing (vhd_writer.py), changes in place (vhd_change.py), checks of a whole file (vhd_check.py).
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import (
     AS_IS,
     JSON,
     SECTOR,
-    BlockRuns,
     Change,
     DiskFormat,
     DiskImage,
@@ -39,42 +40,39 @@ from imagekit.formats.base import (
     File,
     ImageInfo,
     ImageWriter,
+    MiB,
     OpenOptions,
+    ParentLink,
     Problem,
     Range,
     Reference,
     Resolver,
-    SlotMap,
     WriterOptions,
     clip,
     merge_extents,
     read_exactly,
-    round_up,
 )
-from imagekit.formats.raw import FlatWriter, flat_extents, read_flat
+from imagekit.formats.chain import Below
+from imagekit.formats.raw import flat_extents, read_flat
 from imagekit.formats.vhd_header import (
-    BAT_OFFSET,
-    DEFAULT_BLOCK,
     DIFFERENCING,
-    DYNAMIC,
     FIXED,
     FOOTER_COOKIE,
-    HEADER_OFFSET,
-    MAX_BLOCK,
-    MAX_SIZE,
-    NO_OFFSET,
     NOT_ALLOCATED,
-    PAGE,
     SUBFORMATS,
-    VHD_EPOCH,
     DynamicHeader,
     Footer,
-    geometry,
 )
+from imagekit.formats.vhd_locators import ParentNames, read_names
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+WINDOW = 1 << 16
+"""Blocks looked at by one step of numpy."""
+PART = 8 * MiB
+"""Guest bytes whose sector bits are looked at together: every other sector may lie elsewhere."""
 
 
 class Footers:
@@ -152,12 +150,20 @@ class Footers:
             )
 
 
+class _Run(NamedTuple):
+    """Guest bytes that lie at ``offset`` of this file in one piece, or not in it at all (None)."""
+
+    start: int
+    end: int
+    offset: int | None
+
+
 class VhdImage(DiskImage):
-    def __init__(self, file: File) -> None:
+    def __init__(self, file: File, resolver: Resolver | None = None, options: OpenOptions = AS_IS) -> None:
         self.file = file
         self.footers = Footers(file)
         footer = self.footer = self.footers.footer
-        self.virtual_size = footer.virtual_size
+        self.identity: bytes = footer.unique_id
         self.dynamic: DynamicHeader | None = None
         self._bat: NDArray[np.int64] | None = None
         if footer.disk_type not in SUBFORMATS:
@@ -170,12 +176,30 @@ class VhdImage(DiskImage):
             raise InvalidImage(
                 f"current size {footer.current_size} is not a multiple of 512", path=file.name, offset=48
             )
+        self.size_from: Literal["current", "chs"] = options.size_from or footer.size_from
+        self.virtual_size = self._size()
         if footer.disk_type == FIXED:
             self._check_fixed()
         else:
             raw = read_exactly(file, footer.data_offset, 1024, "the VHD dynamic header")
             self.dynamic = DynamicHeader.parse(raw, offset=footer.data_offset)
-            self.dynamic.validate(footer, file.size)
+            self.dynamic.validate(self.virtual_size, file.size)
+        self.parent: ParentNames | None = None
+        if self.dynamic is not None and footer.disk_type == DIFFERENCING:
+            self.parent = read_names(file, footer, self.dynamic)
+        self._below = Below(self._reference(), resolver, file.name)
+
+    def _size(self) -> int:
+        if self.size_from == "current":
+            return self.footer.current_size
+        if not self.footer.chs_size:
+            raise InvalidImage(
+                "the size is to come from the geometry, and the footer has none",
+                hint="leave out --size-from",
+                path=self.file.name,
+                offset=self.footers.tail_offset + 56,
+            )
+        return self.footer.chs_size
 
     def _check_fixed(self) -> None:
         if self.footers.data_end < self.virtual_size:
@@ -194,25 +218,36 @@ class VhdImage(DiskImage):
             "creator-os": footer.creator_os.decode("latin-1"),
             "unique-id": str(uuid.UUID(bytes_le=footer.unique_id)),
             "geometry": f"{footer.cylinders}/{footer.heads}/{footer.sectors}",
+            "size-from": self.size_from,
             "original-size": footer.original_size,
             "current-size": footer.current_size,
+            "chs-size": footer.chs_size,
             "saved-state": bool(footer.saved_state),
         }
+        if header is not None and self.parent is not None:
+            features["parent-id"] = str(uuid.UUID(bytes_le=header.parent_id))
+        reference = self._reference()
         return ImageInfo(
             format="vhd",
             virtual_size=self.virtual_size,
             subformat=SUBFORMATS[footer.disk_type],
             block_size=header.block_size if header else None,
             features=features,
-            references=tuple(self._references()),
-            facts=tuple(self.footers.facts),
+            references=() if reference is None else (reference,),
+            facts=(*self.footers.facts, *(self.parent.facts if self.parent else ())),
         )
 
-    def _references(self) -> Iterator[Reference]:
-        if self.footer.disk_type == DIFFERENCING:
-            assert self.dynamic is not None
-            name = self.dynamic.parent_name.decode("utf-16-be", "replace").split("\0", 1)[0]
-            yield Reference("parent-file", name, "vhd")
+    def _reference(self) -> Reference | None:
+        if self.parent is None or self.dynamic is None:
+            return None
+        return Reference(
+            "parent-file",
+            self.parent.name,
+            "vhd",
+            names=self.parent.names,
+            identities=(self.dynamic.parent_id,),
+            size=self.virtual_size,
+        )
 
     # --- the guest's view ------------------------------------------------------------------------------------
 
@@ -224,12 +259,6 @@ class VhdImage(DiskImage):
 
         header = self.dynamic
         assert header is not None
-        if self.footer.disk_type == DIFFERENCING:
-            raise UnsupportedFeature(
-                "a differencing disk: most of its content is in its parent file, which imagekit does not read yet",
-                hint="merge it on the machine it comes from",
-                path=self.file.name,
-            )
         count = -(-self.virtual_size // header.block_size)
         raw = np.frombuffer(read_exactly(self.file, header.bat_offset, count * 4, "the BAT"), ">u4")
         bat = np.where(raw == NOT_ALLOCATED, -1, raw.astype(np.int64) * SECTOR)
@@ -263,147 +292,131 @@ class VhdImage(DiskImage):
         start, end = clip(start, length, self.virtual_size)
         if self.dynamic is None:
             return merge_extents(flat_extents(self.file, start, end))
-        return merge_extents(self._dynamic_extents(start, end))
+        return merge_extents(self._extents(start, end))
 
-    def _dynamic_extents(self, start: int, end: int) -> Iterator[Extent]:
+    def _extents(self, start: int, end: int) -> Iterator[Extent]:
+        for runs in self._runs(start, end):
+            if self.parent is not None:
+                yield from self._over_parent(runs)
+                continue
+            for one in runs:
+                here = one.offset is not None
+                yield Extent(one.start, one.end - one.start, here, not here, present=here, offset=one.offset)
+
+    def _over_parent(self, runs: list[_Run]) -> Iterator[Extent]:
+        """Runs of one block, or of none: where they are not in this file the parent's extents show."""
+        holes = [one for one in runs if one.offset is None]
+        below: Iterator[Extent] = iter(())
+        if holes:
+            # Asked for once: a bitmap may have a hole at every other sector.
+            below = self._below.extents(holes[0].start, holes[-1].end - holes[0].start)
+        under = Extent(0, 0, data=False, zero=True)
+        for one in runs:
+            if one.offset is not None:
+                yield Extent(one.start, one.end - one.start, data=True, zero=False, offset=one.offset)
+                continue
+            at = one.start
+            while at < one.end:
+                while under.end <= at:
+                    under = next(below)
+                length = min(one.end, under.end) - at
+                yield Extent(at, length, under.data, under.zero, under.present, under.depth, under.compressed)
+                at += length
+
+    def _runs(self, start: int, end: int) -> Iterator[list[_Run]]:
+        """Runs that cover start..end: a list for each block or part of one, and for blocks not allocated in a row."""
         import numpy as np
 
         header = self.dynamic
         assert header is not None
         bat, size = self.bat(), header.block_size
-        window = 1 << 16  # blocks looked at by one step of numpy
         while start < end:
             first = start // size
-            part = bat[first : min(first + window, -(-end // size))]
+            part = bat[first : min(first + WINDOW, -(-end // size))]
             absent = part < 0
-            edges = np.concatenate(([0], np.flatnonzero(~(absent[1:] & absent[:-1])) + 1, [len(part)])).tolist()
+            edges = [0, 1]
+            if len(part) > 1:
+                edges = np.concatenate(([0], np.flatnonzero(~(absent[1:] & absent[:-1])) + 1, [len(part)])).tolist()
             for one, other in pairwise(edges):
                 stop = min(end, (first + other) * size)
+                inside = start - (first + one) * size
                 if absent[one]:
-                    yield Extent(start, stop - start, data=False, zero=True, present=False)
+                    yield [_Run(start, stop, None)]
+                elif self.parent is not None:
+                    for at in range(start, stop, PART):
+                        yield self._sectors(int(part[one]), at, min(at + PART, stop), inside + at - start)
                 else:
-                    inside = start - (first + one) * size
-                    offset = int(part[one]) + header.bitmap_size + inside
-                    yield Extent(start, stop - start, data=True, zero=False, offset=offset)
+                    yield [_Run(start, stop, int(part[one]) + header.bitmap_size + inside)]
                 start = stop
+
+    def _sectors(self, block: int, start: int, end: int, inside: int) -> list[_Run]:
+        """Runs of a part of the block that begins at ``block`` in the file, ``inside`` bytes into its data."""
+        import numpy as np
+
+        assert self.dynamic is not None
+        first, last = inside // SECTOR, -(-(inside + end - start) // SECTOR)
+        low = first // 8
+        raw = read_exactly(self.file, block + low, -(-last // 8) - low, "a sector bitmap")
+        bits = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder=self.footer.bit_order)
+        bits = bits[first - low * 8 : last - low * 8]
+        edges = np.concatenate(([0], np.flatnonzero(bits[1:] != bits[:-1]) + 1, [len(bits)])).tolist()
+        base, data = start - inside, block + self.dynamic.bitmap_size
+        runs = []
+        for one, other in pairwise(edges):
+            low, high = max(start, base + (first + one) * SECTOR), min(end, base + (first + other) * SECTOR)
+            runs.append(_Run(low, high, data + low - base if bits[one] else None))
+        return runs
 
     def pread_into(self, offset: int, buffer: memoryview) -> None:
         if self.dynamic is None:
             return read_flat(self.file, offset, buffer)
-        size, bat, done = self.dynamic.block_size, self.bat(), 0
-        while done < len(buffer):
-            block, inside = divmod(offset + done, size)
-            part = buffer[done : done + size - inside]
-            if bat[block] < 0:
-                part[:] = bytes(len(part))
-            else:
-                read_flat(self.file, int(bat[block]) + self.dynamic.bitmap_size + inside, part)
-            done += len(part)
+        for runs in self._runs(offset, offset + len(buffer)):
+            for one in runs:
+                part = buffer[one.start - offset : one.end - offset]
+                if one.offset is not None:
+                    read_flat(self.file, one.offset, part)
+                elif self.parent is not None:
+                    self._below.pread_into(one.start, part)
+                else:
+                    part[:] = bytes(len(part))
         return None
 
-    def ranges(self) -> Iterator[Range]:
+    def metadata(self) -> Iterator[Range]:
+        """What the file holds besides blocks or a fixed disk's data."""
         if self.footers.tail is not None:
             yield Range(self.footers.tail_offset, self.file.size - self.footers.tail_offset, "footer")
         header = self.dynamic
         if header is None:
-            yield Range(0, self.virtual_size, "data")
             return
         yield Range(0, SECTOR, "footer copy")
         yield Range(self.footer.data_offset, 1024, "dynamic header")
         yield Range(header.bat_offset, header.max_entries * 4, "BAT")
         for locator in header.locators:
-            if locator.length:
+            if locator.length and locator.offset + locator.length <= self.file.size:
                 yield Range(locator.offset, locator.length, "parent locator")
-        if self.footer.disk_type != DIFFERENCING:
-            for offset in self.bat().tolist():
-                if offset >= 0:
-                    yield Range(offset, header.bitmap_size + header.block_size, "block")
+
+    def ranges(self) -> Iterator[Range]:
+        yield from self.metadata()
+        header = self.dynamic
+        if header is None:
+            yield Range(0, self.virtual_size, "data")
+            return
+        for offset in self.bat().tolist():
+            if offset >= 0:
+                yield Range(offset, header.bitmap_size + header.block_size, "block")
 
     def close(self) -> None:
+        self._below.close()
         self.file.close()
-
-
-# --- writing ---------------------------------------------------------------------------------------------------
-
-
-def new_footer(virtual_size: int, disk_type: int, options: WriterOptions) -> Footer:
-    """A footer as Windows writes it. Original size = current size: readers that trust either agree."""
-    cylinders, heads, sectors = geometry(virtual_size)
-    return Footer(
-        current_size=virtual_size,
-        original_size=virtual_size,
-        disk_type=disk_type,
-        unique_id=options.identifier.bytes_le,
-        data_offset=NO_OFFSET if disk_type == FIXED else HEADER_OFFSET,
-        timestamp=min(max(0, options.timestamp - VHD_EPOCH), 0xFFFFFFFF),
-        cylinders=cylinders,
-        heads=heads,
-        sectors=sectors,
-    )
-
-
-class DynamicLayout:
-    """Windows' layout: data 4 KiB-aligned, each bitmap right before it, the footer where the next would go."""
-
-    def __init__(self, footer: Footer, header: DynamicHeader, blocks: BlockRuns) -> None:
-        self._footer = footer
-        self._header = header
-        self._slots = SlotMap(blocks)
-        self.prefix = b"\xff" * header.bitmap_size
-        pad = round_up(header.bitmap_size, PAGE)
-        self._bat_end = round_up(header.bat_offset + header.max_entries * 4, PAGE)
-        self._first_data = self._bat_end + pad
-        self._stride = pad + header.block_size
-
-    @property
-    def file_size(self) -> int:
-        return self._first_data + self._slots.count * self._stride
-
-    def place(self, block: int) -> int:
-        slot = self._slots.get(block)
-        if slot is None:
-            slot = self._slots.add(block)
-        return self._first_data + slot * self._stride
-
-    def metadata(self) -> Iterator[tuple[int, bytes]]:
-        import numpy as np
-
-        footer = self._footer.pack()
-        yield 0, footer
-        yield HEADER_OFFSET, self._header.pack()
-        bat: NDArray[Any] = np.full((self._bat_end - self._header.bat_offset) // 4, NOT_ALLOCATED, ">u4")
-        step = self._stride // SECTOR
-        for first, count, slot in self._slots.runs():
-            start = (self._first_data + slot * self._stride) // SECTOR - len(self.prefix) // SECTOR
-            bat[first : first + count] = start + step * np.arange(count, dtype=np.int64)
-        yield self._header.bat_offset, bat.tobytes()
-        yield self.file_size - SECTOR, footer
-
-
-class DynamicWriter:
-    """Writes dynamic disks."""
-
-    def __init__(self, virtual_size: int, options: WriterOptions) -> None:
-        self.virtual_size = virtual_size
-        self.block_size = options.block_size or DEFAULT_BLOCK
-        if self.block_size & (self.block_size - 1) or not PAGE <= self.block_size <= MAX_BLOCK:
-            raise UnsupportedFeature(
-                f"block size {self.block_size}: a power of two from 4 KiB to 256 MiB is needed",
-                hint="Windows supports 512K and 2M; leave out --block-size for 2M",
-            )
-        self._footer = new_footer(virtual_size, DYNAMIC, options)
-        entries = max(1, -(-virtual_size // self.block_size))
-        self._header = DynamicHeader(BAT_OFFSET, entries, self.block_size)
-
-    def layout(self, blocks: BlockRuns = ()) -> DynamicLayout:
-        return DynamicLayout(self._footer, self._header, blocks)
 
 
 class VhdFormat(DiskFormat):
     name = "vhd"
     aliases = ("vpc",)
-    suffixes = (".vhd",)
-    subformats = ("dynamic", "fixed")
+    suffixes = (".vhd", ".avhd")
+    subformats = ("dynamic", "fixed", "differencing")
+    writes = ("block_size", "creator")
+    reads = ("size_from",)
 
     def probe(self, file: File) -> str | None:
         if file.pread(0, 8) == FOOTER_COOKIE:
@@ -414,24 +427,12 @@ class VhdFormat(DiskFormat):
         return None
 
     def open(self, file: File, *, resolver: Resolver | None = None, options: OpenOptions = AS_IS) -> VhdImage:
-        return VhdImage(file)
+        return VhdImage(file, resolver, options)
 
     def writer(self, virtual_size: int, options: WriterOptions) -> ImageWriter:
-        if virtual_size > MAX_SIZE:
-            raise UnsupportedFeature(
-                f"a VHD holds at most 2040 GiB ({MAX_SIZE} bytes), the disk has {virtual_size}",
-                hint="use VHDX, which holds 64 TiB",
-            )
-        subformat = options.subformat or self.subformats[0]
-        if subformat == "dynamic":
-            return DynamicWriter(virtual_size, options)
-        if subformat == "fixed":
-            if options.block_size is not None:
-                raise UnsupportedFeature("a fixed VHD has no blocks", hint="leave out --block-size")
-            return FlatWriter(virtual_size, new_footer(virtual_size, FIXED, options).pack())
-        raise UnsupportedFeature(
-            f"VHD subformat {subformat!r} is not written", hint=f"choose one of: {', '.join(self.subformats)}"
-        )
+        from imagekit.formats.vhd_writer import make_writer
+
+        return make_writer(virtual_size, options)
 
     def check(self, file: File) -> list[Problem]:
         from imagekit.formats.vhd_check import check
@@ -442,6 +443,21 @@ class VhdFormat(DiskFormat):
         from imagekit.formats.vhd_check import repair
 
         return repair(file)
+
+    def resize(self, file: File, size: int) -> Iterable[Change]:
+        from imagekit.formats.vhd_change import resize
+
+        return resize(file, size)
+
+    def rebase(self, file: File, parent: ParentLink) -> Iterable[Change]:
+        from imagekit.formats.vhd_change import rebase
+
+        return rebase(file, parent)
+
+    def absorb(self, file: File, child: DiskImage) -> Iterable[Change]:
+        from imagekit.formats.vhd_merge import absorb
+
+        return absorb(file, child)
 
 
 FORMAT = VhdFormat()

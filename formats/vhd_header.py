@@ -1,9 +1,15 @@
-"""The structures of a VHD: footer, dynamic header, geometry (specification 1.0, "Hard Disk Footer Format" and on)."""
+"""The structures of a VHD: footer, dynamic header, geometry (specification 1.0, "Hard Disk Footer Format" and on).
+
+XenServer's additions are known too where they change what is read or what must be written: its bitmaps were
+little-endian before version 1.1, and its disks from 1.1 on have a map of full blocks behind the BAT (blktap, vhd.h).
+"""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from imagekit.errors import CorruptImage, InvalidImage
 from imagekit.formats.base import SECTOR, GiB, KiB, MiB, round_up
@@ -17,6 +23,8 @@ VHD_EPOCH = 946684800
 FIXED, DYNAMIC, DIFFERENCING = 2, 3, 4
 SUBFORMATS = {FIXED: "fixed", DYNAMIC: "dynamic", DIFFERENCING: "differencing"}
 MAX_SIZE = 2040 * GiB
+MAX_ENTRIES = MAX_SIZE // (128 * KiB)
+"""Entries of a BAT that are read: the largest disk in blocks a quarter of the smallest that Windows makes."""
 DEFAULT_BLOCK = 2 * MiB
 MAX_BLOCK = 256 * MiB
 HEADER_OFFSET = 512
@@ -24,10 +32,17 @@ BAT_OFFSET = 1536
 PAGE = 4 * KiB
 MAX_GEOMETRY = (65535, 16, 255)
 CHS_CREATORS = (b"vpc ", b"qemu")
+LOCATORS_OFFSET = 576
+LOCATOR_SIZE = 24
+XEN_APP, XEN_VERSION, XEN_OS = b"tap\0", 0x00010003, bytes(4)
+XEN_BLOCK = 2 * MiB
+BATMAP_COOKIE = b"tdbatmap"
+BATMAP_VERSION = 0x00010002
 
 _FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII16sB427s")
 _HEADER = struct.Struct(">8sQQIIII16sII512s192s256s")
 _LOCATOR = struct.Struct(">4sIIIQ")
+_BATMAP = struct.Struct(">8sQIIIB")
 
 
 def checksum(data: bytes) -> int:
@@ -136,11 +151,25 @@ class Footer:
         return self.cylinders * self.heads * self.sectors * SECTOR
 
     @property
+    def size_from(self) -> Literal["current", "chs"]:
+        """Which size counts by default: the geometry's only for creators that gave the guest no other."""
+        by_geometry = self.creator_app in CHS_CREATORS and self.chs_size > 0
+        return "chs" if by_geometry and (self.cylinders, self.heads, self.sectors) != MAX_GEOMETRY else "current"
+
+    @property
     def virtual_size(self) -> int:
         """Bytes the guest sees."""
-        if self.creator_app in CHS_CREATORS and (self.cylinders, self.heads, self.sectors) != MAX_GEOMETRY:
-            return self.chs_size or self.current_size
-        return self.current_size
+        return self.chs_size if self.size_from == "chs" else self.current_size
+
+    @property
+    def is_xen(self) -> bool:
+        """Whether XenServer takes the disk for one of its own."""
+        return self.creator_app[:3] == XEN_APP[:3]
+
+    @property
+    def bit_order(self) -> Literal["big", "little"]:
+        """How sectors are counted in a byte of a bitmap; XenServer's version 0.1 was the other way round."""
+        return "little" if self.is_xen and self.creator_version == 1 else "big"
 
     @property
     def content_fields(self) -> tuple[object, ...]:
@@ -157,6 +186,16 @@ class Locator:
     length: int
     offset: int
 
+    @property
+    def room(self) -> int:
+        """Bytes kept for the name. ``space`` counts sectors by the specification and bytes in Windows' files."""
+        if self.space < SECTOR:
+            return max(self.space * SECTOR, self.length)
+        return self.length if self.space % SECTOR else max(self.space, self.length)
+
+
+NO_LOCATOR = Locator(bytes(4), 0, 0, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class DynamicHeader:
@@ -171,7 +210,7 @@ class DynamicHeader:
     parent_timestamp: int = 0
     reserved: int = 0
     parent_name: bytes = bytes(512)
-    locators: tuple[Locator, ...] = (Locator(bytes(4), 0, 0, 0),) * 8
+    locators: tuple[Locator, ...] = (NO_LOCATOR,) * 8
     tail: bytes = bytes(256)
 
     @classmethod
@@ -228,13 +267,15 @@ class DynamicHeader:
         """Bytes of a block's sector bitmap: a bit a sector, whole sectors."""
         return bitmap_size(self.block_size)
 
-    def validate(self, footer: Footer, file_size: int) -> None:
+    def validate(self, virtual_size: int, file_size: int) -> None:
         """Bound every number before it is used; InvalidImage or CorruptImage."""
         if self.block_size & (self.block_size - 1) or not SECTOR <= self.block_size <= MAX_BLOCK:
             raise InvalidImage(f"block size {self.block_size}, expected a power of two up to 256 MiB")
-        needed = -(-footer.virtual_size // self.block_size)
+        needed = -(-virtual_size // self.block_size)
         if self.max_entries < needed:
             raise InvalidImage(f"the BAT has {self.max_entries} entries, the virtual size needs {needed}")
+        if needed > MAX_ENTRIES:
+            raise InvalidImage(f"the virtual size needs a BAT of {needed} entries, expected at most {MAX_ENTRIES}")
         if self.bat_offset % SECTOR or self.bat_offset < SECTOR:
             raise InvalidImage(f"the BAT lies at {self.bat_offset:#x}, not on a sector")
         if self.bat_offset + self.max_entries * 4 > file_size:
@@ -248,3 +289,21 @@ class DynamicHeader:
 def bitmap_size(block_size: int) -> int:
     """Bytes of the sector bitmap of a block."""
     return round_up(max(1, block_size // SECTOR // 8), SECTOR)
+
+
+def batmap(offset: int, entries: int, runs: Iterable[tuple[int, int]] = ()) -> bytes:
+    """XenServer's map of full blocks, header first, for a file where it lies at ``offset``.
+
+    ``runs`` are (first block, count). A bit that is clear says nothing, so none is set where XenServer does not look:
+    it takes the map's length from the number of whole bytes.
+    """
+    import numpy as np
+
+    length = round_up(max(1, -(-entries // 8)), SECTOR)
+    bits = np.zeros(length * 8, np.uint8)
+    for first, count in runs:
+        bits[first : first + count] = 1
+    bits[round_up(max(1, entries // 8), SECTOR) * 8 :] = 0
+    data = np.packbits(bits).tobytes()
+    fields = BATMAP_COOKIE, offset + SECTOR, length // SECTOR, BATMAP_VERSION, checksum(data), 0
+    return _BATMAP.pack(*fields).ljust(SECTOR, b"\0") + data

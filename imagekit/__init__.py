@@ -16,10 +16,14 @@ if TYPE_CHECKING:
         check,
         compare,
         convert,
+        create,
         info,
         measure,
+        merge,
         open_image,
         prepare,
+        rebase,
+        resize,
     )
     from imagekit.errors import ImagekitError
 
@@ -32,10 +36,14 @@ __all__ = [
     "check",
     "compare",
     "convert",
+    "create",
     "info",
     "measure",
+    "merge",
     "open_image",
     "prepare",
+    "rebase",
+    "resize",
 ]
 
 _HOMES = dict.fromkeys(__all__, "imagekit.api") | {"ImagekitError": "imagekit.errors"}

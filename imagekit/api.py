@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
 from imagekit import policy
 from imagekit.changes import apply as apply_changes
-from imagekit.conversion import convert_image, planned, target_format
+from imagekit.conversion import convert_image, planned, reading, target_format
+from imagekit.disks import DiskReport, create_disk, merge_into_parent, rebase_disk, resize_disk
 from imagekit.errors import SourceError, UnsupportedFeature, UsageError
+from imagekit.external import convert_by_qemu_img, is_external
 from imagekit.formats import registry
-from imagekit.formats.base import JSON, DiskImage, ImageInfo, Problem
+from imagekit.formats.base import AS_IS, JSON, DiskImage, ImageInfo, Problem
 from imagekit.formats.files import LocalFile
 from imagekit.plan import ConvertOptions
+from imagekit.profiles import apply_profile
 from imagekit.progress import Callback, Control
 from imagekit.report import SCHEMA, Report
-from imagekit.sources import located, open_source
+from imagekit.sources import Reading, located, open_source
 from imagekit.verify import first_difference
 
 if TYPE_CHECKING:
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from imagekit.launch.result import BootResult, Evidence
 
 PathLike = str | os.PathLike[str]
+
+READING_OPTIONS = ("allow", "follow_references", "parent_map", "ignore_parent_id", "snapshot", "size_from")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,34 +72,65 @@ class Inspection:
         return out
 
 
-def info(image: PathLike, *, format: str | None = None) -> Inspection:
-    """Headers, features and findings of an image; works on images that :func:`convert` refuses."""
-    with open_source(image, declared=format, allow=None) as source:
+def info(image: PathLike, *, format: str | None = None, **options: Any) -> Inspection:
+    """Headers, features and findings of an image; works on images that :func:`convert` refuses.
+
+    ``options`` as in :func:`open_image`; with ``follow_references`` the whole chain is opened and judged.
+    """
+    asked = replace(_reading(format, options), allow=None)
+    with open_source(image, asked) as source:
         return Inspection(
-            filename=source.file.name,
+            filename=source.original.name,
             info=source.image.info(),
-            file_size=source.file.size,
-            actual_size=source.file.allocated_size,
+            file_size=source.original.size,
+            actual_size=source.original.allocated_size,
             findings=source.findings,
         )
 
 
-def open_image(image: PathLike, *, format: str | None = None, allow: Iterable[str] = ()) -> DiskImage:
-    """The guest's disk in an image file, judged by the safety policy; closing it closes the file."""
-    return open_source(image, declared=format, allow=policy.check_allowed(allow)).image
+def open_image(image: PathLike, *, format: str | None = None, **options: Any) -> DiskImage:
+    """The guest's disk in an image file, judged by the safety policy; closing it closes the file.
+
+    ``options`` are those fields of :class:`~imagekit.plan.ConvertOptions` that say how to read: ``allow``,
+    ``follow_references``, ``parent_map``, ``ignore_parent_id``, ``snapshot``, ``size_from``.
+    """
+    return open_source(image, _reading(format, options)).image
+
+
+def _reading(format: str | None, options: Mapping[str, Any]) -> Reading:
+    """How to open a source, from the keywords of a function that only reads."""
+    if wrong := sorted(set(options) - set(READING_OPTIONS)):
+        raise UsageError(f"unknown options: {', '.join(wrong)}", hint=f"options: {', '.join(READING_OPTIONS)}")
+    return reading(_options({"source_format": format, **options}))
 
 
 def convert(
     source: PathLike,
-    target: PathLike,
+    target: PathLike | None = None,
     *,
+    profile: str | None = None,
     progress: Callback | None = None,
     cancel: threading.Event | None = None,
     **options: Any,
 ) -> Report:
-    """Convert an image; ``options`` are the fields of :class:`~imagekit.plan.ConvertOptions`."""
+    """Convert an image; ``options`` are the fields of :class:`~imagekit.plan.ConvertOptions`.
+
+    ``profile`` names the kind of host to write for (imagekit.profiles). Without a ``target`` the file gets the
+    source's name, with the suffix of its format, in the working directory.
+    """
     control = Control(progress, cancel)
-    return convert_image(source, target, _options(options), control=control)
+    asked = _options(options)
+    if profile is not None:
+        asked = apply_profile(profile, asked)
+    convert_it = convert_by_qemu_img if is_external(asked) else convert_image
+    return convert_it(source, default_target(source, asked) if target is None else target, asked, control=control)
+
+
+def default_target(source: PathLike, options: ConvertOptions) -> Path:
+    """Where a conversion goes that names no target: the working directory."""
+    if options.target_format is None:
+        raise UsageError("neither a target nor a format is named", hint="name the file to write, or add --for hyperv")
+    return Path(Path(source).name).with_suffix(registry.find(options.target_format).suffixes[0])
 
 
 def _options(values: Mapping[str, Any]) -> ConvertOptions:
@@ -101,6 +138,8 @@ def _options(values: Mapping[str, Any]) -> ConvertOptions:
     if unknown := sorted(set(values) - known):
         raise UsageError(f"unknown options: {', '.join(unknown)}", hint=f"options: {', '.join(sorted(known))}")
     values = dict(values)
+    parent_map = values.get("parent_map", ())
+    values["parent_map"] = tuple(parent_map.items() if isinstance(parent_map, Mapping) else parent_map)
     values["allow"] = policy.check_allowed(values.get("allow", ()))
     if isinstance(values.get("identifier"), str):
         values["identifier"] = UUID(values["identifier"])
@@ -109,14 +148,17 @@ def _options(values: Mapping[str, Any]) -> ConvertOptions:
 
 def measure(
     source: PathLike,
-    format: str,
+    format: str | None,
     *,
+    profile: str | None = None,
     progress: Callback | None = None,
     cancel: threading.Event | None = None,
     **options: Any,
 ) -> dict[str, JSON]:
     """The exact size, in bytes, that the target file of a conversion will have (``required``)."""
     asked = _options({**options, "target_format": format})
+    if profile is not None:
+        asked = apply_profile(profile, asked)
     chosen = target_format("", asked)
     with planned(source, chosen, asked, control=Control(progress, cancel)) as conversion:
         plan = conversion.plan
@@ -150,11 +192,16 @@ def compare(
     jobs: int | None = None,
     progress: Callback | None = None,
     cancel: threading.Event | None = None,
+    **options: Any,
 ) -> Comparison:
-    """Compare guest content across formats. A longer disk whose tail is zero is the same unless ``strict``."""
+    """Compare guest content across formats. A longer disk whose tail is zero is the same unless ``strict``.
+
+    ``options`` as in :func:`open_image`; ``snapshot`` and ``size_from`` are about ``one``.
+    """
+    asked = _reading(formats[0], options)
     with ExitStack() as stack:
-        left = stack.enter_context(open_source(one, declared=formats[0]))
-        right = stack.enter_context(open_source(other, declared=formats[1]))
+        left = stack.enter_context(open_source(one, asked))
+        right = stack.enter_context(open_source(other, replace(asked, declared=formats[1], view=AS_IS)))
         sizes = left.image.virtual_size, right.image.virtual_size
         if strict and sizes[0] != sizes[1]:
             return Comparison(False, min(sizes), f"the disks have {sizes[0]} and {sizes[1]} bytes")
@@ -197,7 +244,7 @@ class CheckResult:
 
 def check(image: PathLike, *, format: str | None = None, repair: bool = False) -> CheckResult:
     """Check an image's structure; with ``repair`` mend what can be mended with certainty and check again."""
-    with open_source(image, declared=format, allow=None) as source:
+    with open_source(image, Reading(format, allow=None)) as source:
         policy.enforce(
             [finding for finding in source.findings if finding.rule in ("ambiguous", "format-mismatch", "in-use")],
             path=source.file.name,
@@ -206,6 +253,8 @@ def check(image: PathLike, *, format: str | None = None, repair: bool = False) -
         with located(source.file):
             problems = tuple(chosen.check(source.file))
         name = source.file.name
+        if repair and source.wrappers:
+            raise UnsupportedFeature("a packed image is not repaired in place", path=name, hint="unpack it first")
     if not repair or not problems:
         return CheckResult(name, chosen.name, problems)
     with LocalFile.open_for_change(image) as file, located(file):
@@ -214,6 +263,50 @@ def check(image: PathLike, *, format: str | None = None, repair: bool = False) -
         changes = chosen.repair(file)
         apply_changes(changes, file)
         return CheckResult(name, chosen.name, tuple(chosen.check(file)), repaired=bool(changes))
+
+
+def create(target: PathLike, size: int | None = None, **options: Any) -> DiskReport:
+    """Write a new disk of ``size`` bytes of zeros; with ``parent`` a differencing one, of its parent's size.
+
+    ``options`` are fields of :class:`~imagekit.plan.ConvertOptions`.
+    """
+    return create_disk(target, size, _options(options))
+
+
+def resize(
+    image: PathLike,
+    size: int,
+    *,
+    shrink: bool = False,
+    progress: Callback | None = None,
+    cancel: threading.Event | None = None,
+    **options: Any,
+) -> DiskReport:
+    """Give a disk another virtual size in place; smaller only with ``shrink`` and where only zeros are lost."""
+    return resize_disk(image, size, _options(options), shrink=shrink, control=Control(progress, cancel))
+
+
+def merge(
+    child: PathLike,
+    target: PathLike | None = None,
+    *,
+    progress: Callback | None = None,
+    cancel: threading.Event | None = None,
+    **options: Any,
+) -> Report | DiskReport:
+    """Make one disk of a chain: a new file, or without a ``target`` the child's parent, in place.
+
+    Needs ``follow_references=True``: the child decides which files are read, or written to.
+    """
+    control, asked = Control(progress, cancel), _options(options)
+    if target is None:
+        return merge_into_parent(child, asked, control=control)
+    return convert_image(child, target, asked, control=control)
+
+
+def rebase(child: PathLike, parent: PathLike, **options: Any) -> DiskReport:
+    """Make a differencing disk name another file as its parent, the same disk unless ``ignore_parent_id``."""
+    return rebase_disk(child, parent, _options(options))
 
 
 def build_config_drive(
@@ -231,7 +324,10 @@ def build_config_drive(
     return write_config_drive(make_guest(spec, **guest), path, overwrite=overwrite, sync=sync)
 
 
-_CONVERSION = ("source_format", "size", "block_size", "subformat", "verify", "sync", "jobs", "allow", "timestamp")
+_CONVERSION = (
+    *("source_format", "size", "block_size", "subformat", "verify", "sync", "jobs", "timestamp", "fix_gpt"),
+    *READING_OPTIONS,
+)
 
 
 def prepare(

@@ -1,7 +1,7 @@
 """Prepare a guest: a disk, a config drive and machine.json that belong together, in one folder.
 
-The guest says who it is, the image what it runs. The MAC on the config drive is the MAC the machine gets.
-machine.json is written last: where it is, the rest is complete.
+The guest says who it is, the image what it runs, and unless the guest says that too, on which generation. The MAC on
+the config drive is the MAC the machine gets. machine.json is written last: where it is, the rest is complete.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imagekit.cloudinit.configdrive import build_config_drive
-from imagekit.conversion import convert_image
-from imagekit.errors import TargetError, UnsupportedFeature, UsageError
+from imagekit.conversion import convert_image, reading
+from imagekit.errors import TargetError, UsageError
+from imagekit.firmware import Choice, choose, find_loader
 from imagekit.formats.base import GiB, MiB
 from imagekit.guest import Guest
 from imagekit.machine import FILE_NAME, Machine
@@ -23,20 +24,24 @@ from imagekit.plan import ConvertOptions
 from imagekit.progress import SILENT, Control
 from imagekit.publish import check_target, write_file
 from imagekit.report import SCHEMA, Report
+from imagekit.sources import located, open_source
 
 SECRET_MODE = 0o600
 """Config drives hold keys and passwords."""
+DISK_FORMATS = {1: "vhd", 2: "vhdx"}
+"""By generation: 2 takes no VHD."""
 SMALL_DISK = 10 * GiB
 HASH_STEP = 4 * MiB
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A prepared machine: its folder, machine.json as data, and what to tell the user."""
+    """A prepared machine: its folder, machine.json as data, why it is what it is, and what to tell the user."""
 
     path: Path
     machine: Machine
     report: Report
+    choice: Choice
     warnings: tuple[str, ...] = ()
 
     def __fspath__(self) -> str:
@@ -49,6 +54,10 @@ class Bundle:
             "bundle": os.fspath(self.path),
             "machine": machine,
             "conversion": self.report.to_json(),
+            "reasons": {
+                "generation": self.choice.generation_reason,
+                "secure-boot": self.choice.secure_boot_reason,
+            },
             "warnings": list(self.warnings),
         }
 
@@ -89,56 +98,61 @@ def prepare_bundle(
     options: ConvertOptions,
     control: Control = SILENT,
 ) -> Bundle:
-    """Write ``NAME.vhd``, ``NAME-config.iso`` and ``machine.json`` into ``out``: all of them or none."""
-    _check(guest, options)
+    """Write disk, ``NAME-config.iso`` and ``machine.json`` into ``out``: all of them or none.
+
+    The disk is ``NAME.vhd`` for generation 1 and ``NAME.vhdx`` for generation 2.
+    """
+    if options.dry_run or options.overwrite:
+        raise UsageError("a bundle is always written, and always new", hint="choose another folder")
     folder, name = Path(out), guest.spec.name
-    disk, drive, description = (folder / file for file in (f"{name}.vhd", f"{name}-config.iso", FILE_NAME))
-    conversion = replace(options, target_format="vhd", identifier=guest.disk_identifier())
+    drive, description = folder / f"{name}-config.iso", folder / FILE_NAME
     with ExitStack() as undo:
         if _make_folder(folder):
             undo.callback(_remove_folder, folder)
-        for path in (disk, drive, description):
+        for path in (drive, description):
             check_target(path, overwrite=False)
+        with open_source(image, reading(options, scratch=folder), control=control) as source:
+            with located(source.file):
+                loader = find_loader(source.image)
+            wanted = guest.spec.machine
+            choice = choose(wanted.generation, wanted.secure_boot, loader)
+            disk_format = DISK_FORMATS[choice.generation]
+            disk = check_target(folder / f"{name}.{disk_format}", overwrite=False)
+            conversion = replace(options, target_format=disk_format, identifier=guest.disk_identifier())
+            report = convert_image(source, disk, conversion, control=control)
         # A file is only ever removed after this run made it.
-        report = convert_image(image, disk, conversion, control=control)
         undo.callback(disk.unlink)
         written = write_config_drive(guest, drive, sync=options.sync)
         undo.callback(drive.unlink)
-        machine = _machine(guest, report, disk, written, sha256=file_digest(disk, control=control))
+        machine = _machine(guest, choice, report, disk, written, sha256=file_digest(disk, control=control))
         control.check()
         write_file(description, machine.dumps(), sync=options.sync)
         undo.pop_all()
-    return Bundle(folder, machine, report, tuple(_warnings(guest, report, options)))
+    warnings = (*choice.warnings, *_warnings(guest, report, options))
+    return Bundle(folder, machine, report, choice, warnings)
 
 
-def _check(guest: Guest, options: ConvertOptions) -> None:
-    if options.dry_run or options.overwrite:
-        raise UsageError("a bundle is always written, and always new", hint="choose another folder")
-    if guest.spec.machine.generation == 2:
-        raise UnsupportedFeature(
-            "generation 2 needs a VHDX disk, which imagekit does not write yet", hint="use generation 1"
-        )
-    if guest.spec.machine.secure_boot not in ("auto", "off"):
-        raise UnsupportedFeature("generation 1 has no Secure Boot", hint="leave out --secure-boot")
-
-
-def _machine(guest: Guest, report: Report, disk: Path, drive: ConfigDrive, *, sha256: str) -> Machine:
-    """Generation 1: the disk on IDE 0:0, the config drive as a DVD on IDE 1:0."""
-    ide = {"controller": "ide", "slot": 0}
+def _machine(guest: Guest, choice: Choice, report: Report, disk: Path, drive: ConfigDrive, *, sha256: str) -> Machine:
+    """The disk on 0:0, the config drive as a DVD where Hyper-V's own tools put it: IDE 1:0 or SCSI 0:1."""
+    wanted, second = guest.spec.machine, choice.generation == 2
+    controller = {"controller": "scsi" if second else "ide"}
     return Machine.parse(
         {
             "uuid": guest.uuid,
             "name": guest.spec.name,
-            "generation": 1,
-            "cpus": guest.spec.machine.cpus,
-            "memory": guest.spec.machine.memory,
+            "generation": choice.generation,
+            "firmware": "uefi" if second else "bios",
+            "secure_boot": choice.secure_boot,
+            "cpus": wanted.cpus,
+            "memory": wanted.memory,
             "nics": [nic.model_dump() for nic in guest.nics],
             "media": [
-                ide
-                | {"path": disk.name, "format": "vhd", "kind": "disk", "number": 0}
+                controller
+                | {"path": disk.name, "format": report.target_format, "kind": "disk"}
                 | {"size": report.target_size, "sha256": sha256},
-                ide
-                | {"path": drive.path.name, "format": "iso", "kind": "dvd", "number": 1}
+                controller
+                | {"path": drive.path.name, "format": "iso", "kind": "dvd"}
+                | ({"slot": 1} if second else {"number": 1})
                 | {"size": drive.size, "sha256": drive.sha256},
             ],
             "source": {

@@ -9,19 +9,22 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imagekit import copying, qemu_img
+from imagekit import copying, gpt, qemu_img
 from imagekit.errors import UnsupportedFeature, UsageError
 from imagekit.formats import registry
-from imagekit.formats.base import DiskFormat, WriterOptions
-from imagekit.plan import ConversionPlan, ConvertOptions, build_plan
+from imagekit.formats.base import SECTOR, DiskFormat, DiskImage, File, OpenOptions, ParentLink, WriterOptions
+from imagekit.formats.files import LocalFile
+from imagekit.patched import PatchedImage
+from imagekit.plan import ConversionPlan, ConvertOptions, build_plan, target_size
 from imagekit.progress import SILENT, Control
 from imagekit.publish import Pending, check_space, check_target, new_file
+from imagekit.references import MAX_DEPTH, Following, link_to
 from imagekit.report import Report
-from imagekit.sources import Source, located, open_source
+from imagekit.sources import Reading, Source, chain_too_long, located, open_source
 from imagekit.verify import verify_content, verify_structure
 
 DEFAULTS = ConvertOptions()
@@ -29,14 +32,25 @@ DEFAULTS = ConvertOptions()
 
 @dataclass(frozen=True, slots=True)
 class PlannedConversion:
-    """An open source and the plan for it; lives as long as the source is open."""
+    """An open source, the disk to be written, and the plan for it; lives as long as the source is open."""
 
     source: Source
+    image: DiskImage
+    """The source's disk, or that with a mended partition table."""
+
     plan: ConversionPlan
+    parent: Source | None = None
+    """What a differencing target builds on."""
+
+    def open_target(self, file: File) -> DiskImage:
+        """The target as a guest would see it."""
+        chosen = registry.find(self.plan.target_format)
+        parent = self.parent
+        return chosen.open(file, resolver=None if parent is None else lambda _: parent.image)
 
 
 def convert_image(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Source,
     target: str | os.PathLike[str],
     options: ConvertOptions = DEFAULTS,
     *,
@@ -44,14 +58,15 @@ def convert_image(
 ) -> Report:
     """Convert ``source`` to ``target`` and report. With ``options.dry_run`` nothing is written.
 
-    Raises the error of whichever step failed; then no target exists, and an old one is untouched.
+    A source that is open already stays open, and was opened as :func:`reading` says. Raises the error of whichever step failed; then no target exists, and an old one is untouched.
     """
     started = time.monotonic()
     chosen = target_format(target, options)
-    target_path = check_target(target, overwrite=options.overwrite, source=os.fspath(source))
-    with planned(source, chosen, options, control=control) as conversion:
+    name = source.original.name if isinstance(source, Source) else os.fspath(source)
+    target_path = check_target(target, overwrite=options.overwrite, source=name)
+    with planned(source, chosen, options, target=target_path, control=control) as conversion:
         if options.dry_run:
-            copied = copying.CopyResult(conversion.plan.data_bytes, 0)
+            copied = copying.CopyResult(conversion.plan.data_bytes, 0, conversion.plan.file_size)
             return _report(conversion, target_path, copied, started, verified="not written")
         copied = _write(conversion, target_path, options, control)
         return _report(conversion, target_path, copied, started, verified=options.verify)
@@ -59,31 +74,97 @@ def convert_image(
 
 @contextmanager
 def planned(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Source,
     chosen: DiskFormat,
     options: ConvertOptions,
     *,
+    target: Path | None = None,
     control: Control = SILENT,
 ) -> Iterator[PlannedConversion]:
-    """Open and judge the source, and plan its conversion to the chosen format."""
-    writer_options = WriterOptions(
-        identifier=options.identifier or uuid.uuid4(),
-        subformat=options.subformat,
-        block_size=options.block_size,
-    )
-    if options.timestamp is not None:
-        writer_options = replace(writer_options, timestamp=options.timestamp)
-    with open_source(source, declared=options.source_format, allow=options.allow) as opened:
+    """Open and judge the source, and plan its conversion to the chosen format.
+
+    ``target`` is the path that will be written, which a differencing disk's link to its parent is relative to.
+    """
+    with ExitStack() as stack:
+        if isinstance(source, Source):
+            opened = source
+        else:
+            asked = reading(options, scratch=None if target is None else target.parent)
+            opened = stack.enter_context(open_source(source, asked, control=control))
+        parent = stack.enter_context(open_parent(options)) if options.parent is not None else None
+        link = None
+        if parent is not None:
+            child = target or Path("child")
+            link = link_to(parent.image, Path(parent.file.name), child, options.parent_map)
         with located(opened.file):
+            size, notes = _disk_size(opened.image, options)
+            image, more = _with_gpt(opened.image, size, fix=options.fix_gpt)
             plan = build_plan(
-                opened.image,
+                image,
                 source_format=opened.format,
                 target_format=chosen.name,
-                options=writer_options,
-                size=options.size,
+                options=writer_options(options, link),
+                virtual_size=size,
+                notes=notes + more,
+                parent=None if parent is None else parent.image,
                 control=control,
             )
-        yield PlannedConversion(opened, plan)
+        yield PlannedConversion(opened, image, plan, parent)
+
+
+def reading(options: ConvertOptions, *, scratch: Path | None = None) -> Reading:
+    """How the source is to be opened; ``scratch`` is a folder for what has to be unpacked."""
+    following = Following(options.parent_map, options.ignore_parent_id) if options.follow_references else None
+    view = OpenOptions(snapshot=options.snapshot, size_from=options.size_from)
+    return Reading(options.source_format, options.allow, following, view, scratch)
+
+
+def open_parent(options: ConvertOptions) -> Source:
+    """The parent of a differencing target, with the chain below it: the caller named it."""
+    assert options.parent is not None
+    following = Following(options.parent_map, options.ignore_parent_id)
+    parent = open_source(options.parent, Reading(allow=options.allow, following=following))
+    if parent.depth == MAX_DEPTH:
+        parent.close()
+        raise chain_too_long(parent.original.name)
+    return parent
+
+
+def writer_options(options: ConvertOptions, parent: ParentLink | None = None) -> WriterOptions:
+    """What the target's writer is to know."""
+    subformat = options.subformat
+    if parent is not None:
+        if subformat not in (None, "differencing"):
+            raise UsageError(f"a {subformat} disk has no parent", hint="leave out --parent or --subformat")
+        subformat = "differencing"
+    elif subformat == "differencing":
+        raise UsageError("a differencing disk needs a parent", hint="add --parent FILE")
+    made = WriterOptions(
+        identifier=options.identifier or uuid.uuid4(),
+        subformat=subformat,
+        block_size=options.block_size,
+        sector_size=options.sector_size,
+        creator=options.creator,
+        compression=options.compression,
+        parent=parent,
+    )
+    return made if options.timestamp is None else replace(made, timestamp=options.timestamp)
+
+
+def _with_gpt(image: DiskImage, size: int, *, fix: bool) -> tuple[DiskImage, tuple[str, ...]]:
+    """The disk with its GPT's backup header in the last sector, or what to say where it is elsewhere."""
+    found = gpt.find(image)
+    if found is None or gpt.backup_is_last(found, size):
+        return image, ()
+    if not fix:
+        return image, ("the GPT's backup header is not in the last sector; --fix-gpt moves it there",)
+    patched = PatchedImage(image, gpt.moved_backup(image, size), size)
+    return patched, ("the GPT's backup header was moved to the last sector",)
+
+
+def _disk_size(image: DiskImage, options: ConvertOptions) -> tuple[int, tuple[str, ...]]:
+    unit = max(options.sector_size or SECTOR, options.align or SECTOR)
+    return target_size(image.virtual_size, options.size, minimum=options.minimum_size, unit=unit)
 
 
 def target_format(target: str | os.PathLike[str], options: ConvertOptions) -> DiskFormat:
@@ -120,11 +201,13 @@ def _write(
             pending.file.preallocate(plan.file_size)
         with located(source.file):
             copied = copying.copy_image(
-                plan, source.image, source.file, pending.file, jobs=options.jobs, control=control
+                plan, conversion.image, source.file, pending.file, jobs=options.jobs, control=control
             )
         source.check_unchanged()
-        _verify(conversion, pending, options, control)
+        _verify(conversion, pending, copied.file_size, options, control)
         source.check_unchanged()
+        if conversion.parent is not None:
+            conversion.parent.check_unchanged()
         control.tell("sync", 0, plan.file_size)
         if options.sync:
             pending.file.flush()
@@ -133,17 +216,29 @@ def _write(
     return copied
 
 
-def _verify(conversion: PlannedConversion, pending: Pending, options: ConvertOptions, control: Control) -> None:
+def _verify(
+    conversion: PlannedConversion, pending: Pending, file_size: int, options: ConvertOptions, control: Control
+) -> None:
     if options.verify == "none":
         return
     source, plan = conversion.source, conversion.plan
-    verify_structure(plan, pending.file)
+    verify_structure(plan, pending.file, file_size=file_size)
     if options.verify == "content":
-        written = registry.find(plan.target_format).open(pending.file)
-        verify_content(source.image, written, jobs=options.jobs, control=control)
+        written = conversion.open_target(pending.file)
+        verify_content(conversion.image, written, jobs=options.jobs, control=control)
     elif options.verify == "qemu-img":
-        path = pending.part or f"/proc/{os.getpid()}/fd/{pending.file.fileno()}"
-        qemu_img.compare(source.file.name, plan.source_format, path, plan.target_format)
+        if source.chain or conversion.parent or conversion.image is not source.image or options.snapshot:
+            raise UnsupportedFeature(
+                "qemu-img does not see this disk as it was asked for (a chain, a snapshot, a mended GPT)",
+                hint="--verify content",
+            )
+        path = pending.part or _by_descriptor(pending.file)
+        origin = source.file.name if not source.wrappers else _by_descriptor(source.file)
+        qemu_img.compare(origin, plan.source_format, path, plan.target_format)
+
+
+def _by_descriptor(file: LocalFile) -> str:
+    return f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 def _report(
@@ -152,15 +247,15 @@ def _report(
     source, plan = conversion.source, conversion.plan
     warnings = tuple(finding.message for finding in source.findings)
     return Report(
-        source=source.file.name,
+        source=source.original.name,
         source_format=source.format,
-        source_size=source.file.size,
+        source_size=source.original.size,
         source_virtual_size=source.image.virtual_size,
         target=os.fspath(target),
         target_format=plan.target_format,
         subformat=plan.writer_options.subformat or registry.find(plan.target_format).subformats[0],
         virtual_size=plan.virtual_size,
-        target_size=plan.file_size,
+        target_size=copied.file_size,
         identifier=str(plan.writer_options.identifier),
         data_bytes=copied.data_bytes,
         kernel_copied_bytes=copied.kernel_copied_bytes,

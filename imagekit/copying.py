@@ -4,19 +4,23 @@ Threads take chunks of the plan from one iterator. A chunk whose bytes lie unenc
 kernel; anything else is decoded into the thread's own buffer and written by one call. Holes and zero clusters are
 never written: the target begins as one hole. Memory is a buffer a thread, whatever the image.
 
+Where the target stores blocks encoded, each thread encodes a run of whole blocks, and waits for its turn before they
+get their places: the file is the same whatever the number of threads.
+
 Nothing here opens a file, chooses a format or decides what to copy.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from imagekit.formats import registry
-from imagekit.formats.base import DiskImage, Extent, File, Layout
+from imagekit.formats.base import Buffer, DiskImage, EncodedLayout, Extent, File, Layout
 from imagekit.formats.files import kernel_copy
-from imagekit.plan import CHUNK, Chunk, ConversionPlan, chunks, data_parts
+from imagekit.plan import CHUNK, Chunk, ConversionPlan, chunks, data_parts, whole_blocks
 from imagekit.progress import SILENT, Control
 from imagekit.workers import run as run_workers
 from imagekit.workers import usable_cores
@@ -24,13 +28,16 @@ from imagekit.workers import usable_cores
 MAX_KERNEL_PARTS = 16
 """A chunk in more pieces than this is read and written in one go instead of piece by piece."""
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True, slots=True)
 class CopyResult:
-    """Guest bytes copied, and how many of them by the kernel."""
+    """Guest bytes copied, and how many of them by the kernel; length of the finished file, 0 when there is none."""
 
     data_bytes: int
     kernel_copied_bytes: int
+    file_size: int = 0
 
 
 class _Counter:
@@ -68,16 +75,27 @@ def copy_image(
     layout = plan.layout()
     target.truncate(plan.file_size)
     counter, total = _Counter(), plan.data_bytes
-    run_workers(
-        chunks(plan, layout),
-        lambda: _make_copier(image, source, target, layout, counter),
-        jobs=jobs or usable_cores(),
-        control=control,
-        tick=lambda: control.tell("copy", counter.chunks, total),
-    )
+    jobs = jobs or usable_cores()
+
+    def tick() -> None:
+        control.tell("copy", counter.chunks, total)
+
+    if isinstance(layout, EncodedLayout):
+        _copy_encoded(plan, layout, image, target, counter, jobs=jobs, control=control, tick=tick)
+    else:
+        run_workers(
+            chunks(plan, layout),
+            lambda: _make_copier(image, source, target, layout, counter),
+            jobs=jobs,
+            control=control,
+            tick=tick,
+        )
     for offset, data in layout.metadata():
         target.pwrite(offset, data)
-    return CopyResult(counter.data, counter.kernel)
+    return CopyResult(counter.data, counter.kernel, layout.file_size)
+
+
+# --- as it is --------------------------------------------------------------------------------------------------
 
 
 def _make_copier(
@@ -135,3 +153,101 @@ def _behind(extents: list[Extent], copied: int) -> list[tuple[int, int]]:
         if done < length:
             parts.append((start + done, length - done))
     return parts
+
+
+# --- encoded ---------------------------------------------------------------------------------------------------
+
+
+class _Turns:
+    """Lets threads do one thing each in the order of their tickets, which are handed out from 0."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._next = 0
+        self._stopped = False
+
+    def take(self, ticket: int, action: Callable[[], Result]) -> Result | None:
+        """Wait for the turn and do it; None when one that should come before never will."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._next == ticket)
+            if self._stopped:
+                return None
+            result = action()
+            self._next += 1
+            self._changed.notify_all()
+            return result
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+
+def _copy_encoded(
+    plan: ConversionPlan,
+    layout: EncodedLayout,
+    image: DiskImage,
+    target: File,
+    counter: _Counter,
+    *,
+    jobs: int,
+    control: Control,
+    tick: Callable[[], None],
+) -> None:
+    turns = _Turns()
+
+    def make_worker() -> Callable[[tuple[int, tuple[int, int]]], None]:
+        encode = _make_encoder(plan, layout, image, target, turns, counter)
+
+        def work(task: tuple[int, tuple[int, int]]) -> None:
+            try:
+                encode(task)
+            except BaseException:
+                turns.stop()  # nobody is to wait for a turn that was not taken
+                raise
+
+        return work
+
+    run_workers(enumerate(whole_blocks(plan)), make_worker, jobs=jobs, control=control, tick=tick)
+    target.truncate(layout.file_size)
+
+
+def _make_encoder(
+    plan: ConversionPlan, layout: EncodedLayout, image: DiskImage, target: File, turns: _Turns, counter: _Counter
+) -> Callable[[tuple[int, tuple[int, int]]], None]:
+    size = plan.block_size
+    buffer = bytearray(max(CHUNK, size))
+
+    def encode(task: tuple[int, tuple[int, int]]) -> None:
+        ticket, (first, count) = task
+        start, length = first * size, count * size
+        inside = max(0, min(length, image.virtual_size - start))
+        image.pread_into(start, memoryview(buffer)[:inside])
+        buffer[inside:length] = bytes(length - inside)
+        stored = [layout.encode(bytes(memoryview(buffer)[at : at + size])) for at in range(0, length, size)]
+        places = turns.take(
+            ticket, lambda: [layout.add(block, len(data)) for block, data in enumerate(stored, start=first)]
+        )
+        if places is None:
+            return
+        for at, pieces in _side_by_side(places, stored):
+            target.pwrite(at, *pieces)
+        counter.add(inside, size * sum(len(data) > 0 for data in stored), 0)
+
+    return encode
+
+
+def _side_by_side(places: list[int], stored: list[Buffer]) -> Iterator[tuple[int, list[Buffer]]]:
+    """What is stored, neighbours in the file together."""
+    start = end = 0
+    pieces: list[Buffer] = []
+    for at, data in zip(places, stored, strict=True):
+        if not data:
+            continue
+        if pieces and at != end:
+            yield start, pieces
+            pieces = []
+        start, end = (start, end + len(data)) if pieces else (at, at + len(data))
+        pieces.append(data)
+    if pieces:
+        yield start, pieces

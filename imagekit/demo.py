@@ -90,7 +90,8 @@ def _tour(out: Path, narrator: _Narrator) -> DemoResult:
     narrator.step(
         2,
         f"converted it to {report.target}: {report.target_format} {report.subformat}, disk of "
-        f"{report.virtual_size} bytes, every byte compared",
+        f"{report.virtual_size} bytes, every byte compared; for generation {bundle.choice.generation}: "
+        f"{bundle.choice.generation_reason}",
     )
     narrator.step(3, f"built {bundle.path / bundle.machine.media[1].path}: the config drive of {bundle.machine.uuid}")
     result = api.boot(bundle, timeout=TIMEOUT, marker=DEFAULT_MARKER)

@@ -9,16 +9,19 @@ copy of one image give the same target. Compressed clusters count as data: nobod
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 from uuid import UUID
 
-from imagekit.errors import UsageError
+from imagekit.errors import UnsupportedFeature, UsageError
 from imagekit.formats import registry
 from imagekit.formats.base import (
     JSON,
     SECTOR,
     BlockRuns,
+    DiskFormat,
     DiskImage,
     Extent,
     KiB,
@@ -46,7 +49,14 @@ class ConvertOptions:
     target_format: str | None = None
     subformat: str | None = None
     block_size: int | None = None
+    sector_size: int | None = None
+    compression: Literal["zlib", "zstd"] | None = None
+    creator: str | None = None
+    parent: str | None = None
     size: int | None = None
+    minimum_size: int | None = None
+    align: int | None = None
+    fix_gpt: bool = False
     identifier: UUID | None = None
     timestamp: int | None = None
     verify: str = "structure"
@@ -56,6 +66,11 @@ class ConvertOptions:
     jobs: int | None = None
     dry_run: bool = False
     allow: frozenset[str] = frozenset()
+    snapshot: str | None = None
+    size_from: Literal["current", "chs"] | None = None
+    follow_references: bool = False
+    parent_map: tuple[tuple[str, str], ...] = ()
+    ignore_parent_id: bool = False
 
     def __post_init__(self) -> None:
         if self.verify not in VERIFY_LEVELS:
@@ -64,6 +79,10 @@ class ConvertOptions:
             raise UsageError(f"jobs {self.jobs}, at least 1 is needed")
         if self.size is not None and self.size <= 0:
             raise UsageError(f"size {self.size}, at least one sector is needed")
+        if self.align is not None and (self.align < SECTOR or self.align & (self.align - 1)):
+            raise UsageError(f"align {self.align}, a power of two from 512 on is needed")
+        if self.size_from not in (None, "current", "chs"):
+            raise UsageError(f"size from {self.size_from!r}", hint="choose one of: current, chs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +123,12 @@ class ConversionPlan:
         out = asdict(self)
         out["blocks"] = [list(run) for run in self.blocks]
         out["notes"] = list(self.notes)
-        out["writer_options"]["identifier"] = str(self.writer_options.identifier)
+        options = out["writer_options"]
+        options["identifier"] = str(self.writer_options.identifier)
+        if self.writer_options.parent is not None:
+            parent = options["parent"]
+            parent["identity"] = self.writer_options.parent.identity.hex()
+            parent["disk_id"] = (self.writer_options.parent.disk_id or b"").hex() or None
         return {key.replace("_", "-"): value for key, value in out.items()}
 
 
@@ -114,14 +138,24 @@ def build_plan(
     source_format: str,
     target_format: str,
     options: WriterOptions,
-    size: int | None = None,
+    virtual_size: int | None = None,
+    notes: tuple[str, ...] = (),
+    parent: DiskImage | None = None,
     control: Control = SILENT,
 ) -> ConversionPlan:
-    """Decide the target's size and which of its blocks hold data. Reads the source, writes nothing."""
+    """Decide which of the target's blocks hold data. Reads the source (and the target's parent), writes nothing.
+
+    ``virtual_size`` is the target's, a multiple of its sector size; the source's, rounded up, unless given.
+    """
     chosen = registry.find(target_format)
-    virtual_size, notes = target_size(image.virtual_size, size)
+    if virtual_size is None:
+        virtual_size, notes = target_size(image.virtual_size)
+    check_options(chosen, options)
     writer = chosen.writer(virtual_size, options)
-    blocks = tuple(find_blocks(image, writer.block_size, control=control))
+    if parent is None:
+        blocks = tuple(find_blocks(image, writer.block_size, control=control))
+    else:
+        blocks = tuple(find_differences(image, parent, writer.block_size, control=control))
     return ConversionPlan(
         source_format=source_format,
         source_virtual_size=image.virtual_size,
@@ -135,29 +169,90 @@ def build_plan(
     )
 
 
-def target_size(source_size: int, wanted: int | None) -> tuple[int, tuple[str, ...]]:
-    """The target's virtual size in bytes, and what to say about it."""
-    size = round_up(source_size if wanted is None else wanted, SECTOR)
+def check_options(chosen: DiskFormat, options: WriterOptions) -> None:
+    """UnsupportedFeature for a choice that the format does not have."""
+    if options.subformat is not None and options.subformat not in chosen.subformats:
+        raise UnsupportedFeature(
+            f"{chosen.name} has no subformat {options.subformat!r}",
+            hint=f"choose one of: {', '.join(chosen.subformats)}",
+        )
+    for name in ("block_size", "sector_size", "compression", "creator"):
+        value = getattr(options, name)
+        if value not in (None, SECTOR if name == "sector_size" else None) and name not in chosen.writes:
+            raise UnsupportedFeature(f"{chosen.name} has no choice of {name.replace('_', ' ')}")
+
+
+def target_size(
+    source_size: int, wanted: int | None = None, *, minimum: int | None = None, unit: int = SECTOR
+) -> tuple[int, tuple[str, ...]]:
+    """The target's virtual size in bytes, a multiple of ``unit``, and what to say about it."""
     if wanted is not None and wanted < source_size:
         raise UsageError(
             f"size {wanted} is smaller than the disk's {source_size} bytes",
             hint="a disk can grow while it is converted; shrink its partitions and file systems first",
         )
-    if size == 0:
+    asked = source_size if wanted is None else wanted
+    size = round_up(max(asked, minimum or 0), unit)
+    if asked == 0:
         raise UsageError("the disk has no bytes at all", hint="give a size, or check the source")
-    notes = []
-    if size != (source_size if wanted is None else wanted):
-        notes.append(f"size rounded up from {source_size if wanted is None else wanted} to {size} bytes")
-    elif size > source_size:
-        notes.append(f"disk grown from {source_size} to {size} bytes")
-    return size, tuple(notes)
+    if size != asked:
+        return size, (f"size rounded up from {asked} to {size} bytes",)
+    if size > source_size:
+        return size, (f"disk grown from {source_size} to {size} bytes",)
+    return size, ()
 
 
 def find_blocks(image: DiskImage, block_size: int, *, control: Control = SILENT) -> Iterator[tuple[int, int]]:
     """Runs (first, count) of blocks that hold something other than zeros."""
-    probe = _Probe(image, control)
+    yield from _joined(_blocks_with_data(image, block_size, _Probe(image, control)))
+    control.tell("plan", image.virtual_size, image.virtual_size)
+
+
+def find_differences(
+    image: DiskImage, parent: DiskImage, block_size: int, *, control: Control = SILENT
+) -> Iterator[tuple[int, int]]:
+    """Runs (first, count) of blocks whose content is not the parent's; behind a disk's end there are zeros."""
+    yield from _joined(_differing_blocks(image, parent, block_size, control))
+    control.tell("plan", image.virtual_size, image.virtual_size)
+
+
+def _differing_blocks(
+    image: DiskImage, parent: DiskImage, block_size: int, control: Control
+) -> Iterator[tuple[int, int]]:
+    size = max(image.virtual_size, parent.virtual_size)
+    known = 0
+    for start, length in merged_ranges(data_parts(image.extents()), data_parts(parent.extents())):
+        for block in range(max(known, start // block_size), -(-(start + length) // block_size)):
+            known = block + 1
+            for at in range(block * block_size, min((block + 1) * block_size, size), min(PROBE, block_size)):
+                control.check()
+                if _padded(image, at, min(PROBE, block_size)) != _padded(parent, at, min(PROBE, block_size)):
+                    yield block, block + 1
+                    break
+        control.tell("plan", start, size)
+
+
+def _padded(image: DiskImage, start: int, length: int) -> bytes:
+    return image.pread(start, length).ljust(length, b"\0") if start < image.virtual_size else bytes(length)
+
+
+def merged_ranges(*many: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(start, length) of all that lies in one of the sorted iterators of such, in order, without overlaps."""
+    start = end = 0
+    for first, length in heapq.merge(*many):
+        if first > end:
+            if end > start:
+                yield start, end - start
+            start = first
+        end = max(end, first + length)
+    if end > start:
+        yield start, end - start
+
+
+def _joined(runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Neighbouring or repeated (first, end) as runs (first, count)."""
     run_start = run_end = 0
-    for first, last in _blocks_with_data(image, block_size, probe):
+    for first, last in runs:
         if first > run_end:
             if run_end > run_start:
                 yield run_start, run_end - run_start
@@ -165,7 +260,6 @@ def find_blocks(image: DiskImage, block_size: int, *, control: Control = SILENT)
         run_end = max(run_end, last)
     if run_end > run_start:
         yield run_start, run_end - run_start
-    control.tell("plan", image.virtual_size, image.virtual_size)
 
 
 def _blocks_with_data(image: DiskImage, block_size: int, probe: _Probe) -> Iterator[tuple[int, int]]:
@@ -219,12 +313,27 @@ class _Probe:
 
 
 def chunks(plan: ConversionPlan, layout: Layout) -> Iterator[Chunk]:
-    """The tasks of the copy, in the order of the source."""
-    step = min(plan.block_size, CHUNK)
-    for start, length in plan.spans():
-        for offset in range(start, start + length, step):
-            block, inside = divmod(offset, plan.block_size)
-            yield Chunk(offset, min(step, start + length - offset), layout.place(block) + inside, inside == 0)
+    """The tasks of the copy, in the order of the source: what lies side by side in source and target, to a limit."""
+    size = plan.block_size
+    for at, length in plan.spans():
+        start, end = at, at + length
+        while start < end:
+            block, inside = divmod(start, size)
+            target = layout.place(block) + inside
+            limit = min(start + CHUNK, end)
+            stop = min((block + 1) * size, limit)
+            while stop < limit and not layout.prefix and layout.place(stop // size) - target == stop - start:
+                stop = min(stop + size, limit)
+            yield Chunk(start, stop - start, target, inside == 0)
+            start = stop
+
+
+def whole_blocks(plan: ConversionPlan) -> Iterator[tuple[int, int]]:
+    """The tasks of a copy that encodes, in the order of the source: runs (first, count) of blocks, to a limit."""
+    step = max(1, CHUNK // plan.block_size)
+    for first, count in plan.blocks:
+        for block in range(first, first + count, step):
+            yield block, min(step, first + count - block)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,20 +37,52 @@ RULES: dict[str, Rule] = {
             "backing-file",
             Severity.REFUSE,
             "an image must not decide which other file of this machine is read",
-            hint="make it one file first, where its origin is trusted: qemu-img convert",
+            hint="where its origin is trusted: --follow-references",
         ),
         Rule(
             "data-file",
             Severity.REFUSE,
             "an image must not decide which other file of this machine is read",
-            hint="make it one file first, where its origin is trusted: qemu-img convert",
+            hint="where its origin is trusted: --follow-references",
         ),
         Rule(
             "parent-file",
             Severity.REFUSE,
             "an image must not decide which other file of this machine is read",
-            hint="merge the differencing disk into its parent where it comes from",
+            hint="where its origin is trusted: --follow-references",
         ),
+        Rule(
+            "extent-file",
+            Severity.REFUSE,
+            "an image must not decide which other file of this machine is read",
+            hint="where its origin is trusted: --follow-references",
+        ),
+        Rule(
+            "reference-protocol",
+            Severity.REFUSE,
+            "a reference followed must be the name of a file, never an address or a set of options",
+            hint="fetch what it names and make it one file first",
+        ),
+        Rule(
+            "reference-format",
+            Severity.REFUSE,
+            "the image does not say which format its backing file has, and raw would be a guess",
+            hint="say it in the image: qemu-img rebase -u -F FORMAT -b FILE IMAGE",
+            allowable=True,
+        ),
+        Rule(
+            "parent-id",
+            Severity.REFUSE,
+            "a child on another parent is neither of two disks",
+            hint="--ignore-parent-id where you know that this parent is right",
+        ),
+        Rule(
+            "parent-size",
+            Severity.REFUSE,
+            "a parent that was resized no longer fits its children",
+            hint="--ignore-parent-id where you know that this parent is right",
+        ),
+        Rule("parent-smaller", Severity.NOTE, "a child that was grown: what its parent does not have is zero"),
         Rule(
             "ambiguous",
             Severity.REFUSE,
@@ -96,6 +128,34 @@ RULES: dict[str, Rule] = {
             hint="run imagekit check IMAGE, repair it with qemu-img check -r, or fetch it again",
             allowable=True,
         ),
+        Rule(
+            "external-qemu-img",
+            Severity.REFUSE,
+            "qemu-img would parse, or write, what imagekit cannot check",
+            hint="where its origin is trusted: --allow external-qemu-img, with -f or -O",
+            allowable=True,
+        ),
+        Rule(
+            "wrapper-limit",
+            Severity.REFUSE,
+            "what a small file unpacks to must not fill this machine",
+            hint="unpack it by hand where its origin is trusted",
+        ),
+        Rule(
+            "wrapper-reference",
+            Severity.REFUSE,
+            "a package must not decide which other file of this machine is read",
+            hint="unpack it by hand where its origin is trusted",
+        ),
+        Rule("wrapped", Severity.NOTE, "the image was packed; what is inside counts"),
+        Rule("ova-signature", Severity.NOTE, "the package is signed; nobody checked by whom"),
+        Rule("ova-manifest-incomplete", Severity.WARN, "the disk has no checksum of its own in the package"),
+        Rule("headers-differ", Severity.REFUSE, "two programs would see two different disks"),
+        Rule("region-tables-differ", Severity.REFUSE, "two programs would see two different disks"),
+        Rule("parent-locator-unused", Severity.REFUSE, "two programs would see two different disks"),
+        Rule("header-invalid", Severity.WARN, "the other header counts"),
+        Rule("region-table-invalid", Severity.WARN, "the other region table counts"),
+        Rule("log-replayed", Severity.WARN, "the disk was not closed cleanly; its log was replayed, in memory"),
         Rule("footers-differ", Severity.REFUSE, "two programs would see two different disks"),
         Rule("original-size-larger", Severity.REFUSE, "no program makes a VHD smaller: the sizes contradict"),
         Rule("original-size-differs", Severity.NOTE, "the disk was resized; the current size counts"),
@@ -106,6 +166,10 @@ RULES: dict[str, Rule] = {
         Rule("declared-raw", Severity.NOTE, "the bytes are taken as they are because the caller said raw"),
     )
 }
+
+
+REFERENCES = frozenset(("backing-file", "data-file", "parent-file", "extent-file"))
+"""The rules that a caller who follows references has answered already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +185,7 @@ class Finding:
         return {"rule": self.rule, "message": self.message, "severity": self.severity.value}
 
 
-def _finding(code: str, message: str, offset: int | None = None) -> Finding:
+def finding(code: str, message: str, offset: int | None = None) -> Finding:
     # A format from elsewhere may state facts that no rule is about: they are shown, and refuse nothing.
     severity = RULES[code].severity if code in RULES else Severity.WARN
     return Finding(code, message, severity, offset)
@@ -134,30 +198,37 @@ def judge_claims(claims: list[Claim], declared: str | None, *, name: str = "") -
         wanted = find(declared).name
         if wanted == "raw":
             if claims:
-                yield _finding("declared-raw", f"declared raw; the content looks like {found}")
+                yield finding("declared-raw", f"declared raw; the content looks like {found}")
             return
         if claims and wanted not in {claim.format for claim in claims}:
-            yield _finding("format-mismatch", f"declared {wanted}, found {found}")
+            yield finding("format-mismatch", f"declared {wanted}, found {found}")
             return
     if not claims and declared is None and (meant := suffix_format(name)) not in (None, "raw"):
-        yield _finding("name-mismatch", f"named as {meant}, but nothing of {meant} is in it")
+        yield finding("name-mismatch", f"named as {meant}, but nothing of {meant} is in it")
     if len(claims) > 1:
-        yield _finding("ambiguous", f"the file is claimed by more than one format: {found}")
+        yield finding("ambiguous", f"the file is claimed by more than one format: {found}")
 
 
 def judge_info(info: ImageInfo) -> Iterator[Finding]:
     """What an opened image says about itself."""
     for reference in info.references:
         name = f" {reference.name!r}" if reference.name else ""
-        yield _finding(reference.kind, f"the image refers to another file:{name}")
+        yield finding(reference.kind, f"the image refers to another file:{name}")
     for fact in info.facts:
-        yield _finding(fact.code, fact.message, fact.offset)
+        yield finding(fact.code, fact.message, fact.offset)
+
+
+def judge_chain(size: int, sizes: Iterable[int]) -> Iterator[Finding]:
+    """What the virtual sizes of an image and of those it refers to say."""
+    for below in sizes:
+        if below < size:
+            yield finding("parent-smaller", f"the disk has {size} bytes, the one below it {below}")
 
 
 def judge_use(*, held_for_writing: bool) -> Iterator[Finding]:
     """Whether another program works on the file."""
     if held_for_writing:
-        yield _finding("in-use", "QEMU has the image open for writing")
+        yield finding("in-use", "QEMU has the image open for writing")
 
 
 def check_allowed(codes: Iterable[str]) -> frozenset[str]:

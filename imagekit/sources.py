@@ -1,6 +1,8 @@
 """Where images come from: a path today. Opened once, judged, and watched for changes until the end.
 
-A :class:`Source` holds the one open file; the format is chosen once, from that file, and never probed again.
+A :class:`Source` holds the one open file; the format is chosen once, from that file, and never probed again. With
+the caller's leave (:class:`~imagekit.references.Following`) the files it refers to are opened with it, each judged
+like the first, down to the end of the chain: what is missing or wrong there is said before anything is read.
 """
 
 from __future__ import annotations
@@ -8,37 +10,62 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from imagekit import policy
-from imagekit.errors import ImagekitError, SourceError
+from imagekit import policy, qemu_img, wrappers
+from imagekit.errors import CorruptImage, ImagekitError, SourceError, UnsafeImage, UnsupportedFeature
 from imagekit.formats import registry
-from imagekit.formats.base import DiskImage, File
+from imagekit.formats.base import AS_IS, DiskFormat, DiskImage, File, OpenOptions, Reference, Resolver
 from imagekit.formats.files import FileIdentity, LocalFile
+from imagekit.progress import SILENT, Control
+from imagekit.references import MAX_DEPTH, Following, check_identity, find
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An open, recognised image file."""
+    """An open, recognised image file, and the files it refers to."""
 
     file: LocalFile
+    """Where the image's bytes lie: the file itself, or a nameless one that it was unpacked to."""
+
     format: str
     image: DiskImage
     findings: tuple[policy.Finding, ...]
+    original: LocalFile
+    """The file the caller named; the same as ``file`` unless it was packed."""
+
     identity: FileIdentity
+    """Of ``original``, when it was opened."""
+
+    chain: tuple[Source, ...] = ()
+    """What the image refers to, in its own order; each has a chain of its own."""
+
+    wrappers: tuple[str, ...] = ()
+    """What it was packed with, the outermost first."""
+
+    @property
+    def depth(self) -> int:
+        """Images in its longest chain, itself included."""
+        return 1 + max((source.depth for source in self.chain), default=0)
 
     def check_unchanged(self) -> None:
-        """SourceError when the file changed since it was opened."""
-        changed = self.identity.differences(self.file.identity)
+        """SourceError when one of the files changed since it was opened."""
+        changed = self.identity.differences(self.original.identity)
         if changed:
             raise SourceError(
                 f"changed while it was read ({', '.join(changed)})",
-                path=self.file.name,
+                path=self.original.name,
                 hint="stop what writes to it, or convert a snapshot",
             )
+        for source in self.chain:
+            source.check_unchanged()
 
     def close(self) -> None:
         self.image.close()
+        self.original.close()
+        for source in self.chain:
+            source.close()
 
     def __enter__(self) -> Source:
         return self
@@ -47,38 +74,178 @@ class Source:
         self.close()
 
 
-def open_source(
-    path: str | os.PathLike[str],
-    *,
-    declared: str | None = None,
-    allow: frozenset[str] | None = frozenset(),
-) -> Source:
-    """Open, recognise and judge. ``allow`` None reports the findings and refuses nothing (``info``)."""
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How to open a source: what the caller declares, allows and wants to see.
+
+    ``allow`` None reports the findings and refuses nothing (``info``). ``following`` None follows no reference.
+    """
+
+    declared: str | None = None
+    allow: frozenset[str] | None = frozenset()
+    following: Following | None = None
+    view: OpenOptions = AS_IS
+    scratch: Path | None = None
+    """Folder for what has to be unpacked; None: the system's for temporary files."""
+
+    def enforce(self, findings: list[policy.Finding], file: LocalFile) -> None:
+        if self.allow is not None:
+            answered = policy.REFERENCES if self.following is not None else frozenset()
+            policy.enforce(findings, allow=self.allow | answered, path=file.name)
+
+
+def open_source(path: str | os.PathLike[str], reading: Reading | None = None, *, control: Control = SILENT) -> Source:
+    """Open, unpack if need be, recognise and judge."""
+    reading = reading or Reading()
     file = LocalFile.open_source(path)
     try:
-        return _judged(file, declared, allow)
+        name = reading.declared
+        if name is not None and name in qemu_img.EXTERNAL_SOURCES and name not in registry.formats():
+            return _through_qemu_img(file, name, reading, control)
+        # Bytes declared raw are taken as they are, whatever they look like.
+        if name != "raw" and wrappers.detect(file):
+            return _unpacked(file, reading, control)
+        return _judged(file, reading)
     except BaseException:
         file.close()
         raise
 
 
-def _judged(file: LocalFile, declared: str | None, allow: frozenset[str] | None) -> Source:
+def _unpacked(file: LocalFile, reading: Reading, control: Control) -> Source:
+    identity = file.identity
+    inside = wrappers.unwrap(file, folder=reading.scratch, control=control)
+    try:
+        source = _judged(inside.file, reading)
+    except BaseException:
+        inside.close()
+        raise
+    note = policy.finding("wrapped", f"{inside.name!r} was unpacked ({', '.join(inside.chain)})")
+    findings = [note, *(policy.finding(fact.code, fact.message) for fact in inside.facts), *source.findings]
+    return replace(source, original=file, identity=identity, wrappers=inside.chain, findings=tuple(findings))
+
+
+def _through_qemu_img(file: LocalFile, name: str, reading: Reading, control: Control) -> Source:
+    """An image in a format that only qemu-img reads, as the raw disk that it makes of it."""
+    identity = file.identity
+    findings = [
+        *policy.judge_use(held_for_writing=file.held_for_writing),
+        policy.finding("external-qemu-img", f"{name} is read by qemu-img only"),
+    ]
+    # Running qemu-img is not something to report and do all the same: it needs leave, also for a look.
+    policy.enforce(findings, allow=reading.allow or frozenset(), path=file.name)
+    raw = qemu_img.open_external(file.name, name, folder=reading.scratch, control=control)
+    try:
+        image = registry.find("raw").open(raw)
+    except BaseException:
+        raw.close()
+        raise
+    return Source(raw, "raw", image, tuple(findings), file, identity, wrappers=(f"qemu-img -f {name}",))
+
+
+def _judged(file: LocalFile, reading: Reading, above: tuple[FileIdentity, ...] = ()) -> Source:
+    identity = file.identity
+    _check_chain(file, identity, above)
     claims = registry.probe(file)
     name = file.name if file.size else ""  # that a file is empty is said below, whatever its name promises
     findings = [
         *policy.judge_use(held_for_writing=file.held_for_writing),
-        *policy.judge_claims(claims, declared, name=name),
+        *policy.judge_claims(claims, reading.declared, name=name),
     ]
-    if allow is not None:
-        policy.enforce(findings, allow=allow, path=file.name)
-    identity = file.identity
-    chosen = registry.choose(file, claims, declared)
+    reading.enforce(findings, file)
+    chosen = registry.choose(file, claims, reading.declared)
+    _check_view(chosen, reading.view)
     with located(file):
-        image = chosen.open(file)
+        image = chosen.open(file, options=reading.view)
+        references = image.info().references
     findings += policy.judge_info(image.info())
-    if allow is not None:
-        policy.enforce(findings, allow=allow, path=file.name)
-    return Source(file, chosen.name, image, tuple(findings), identity)
+    reading.enforce(findings, file)
+    chain: tuple[Source, ...] = ()
+    if reading.following is not None and references:
+        chain = _follow(references, file, reading, (*above, identity))
+        with located(file):
+            image = chosen.open(file, resolver=_resolver(references, chain), options=reading.view)
+        findings += [_about(finding, source) for source in chain for finding in source.findings]
+        findings += policy.judge_chain(image.virtual_size, [source.image.virtual_size for source in chain])
+    return Source(file, chosen.name, image, tuple(findings), file, identity, chain)
+
+
+def _check_chain(file: LocalFile, identity: FileIdentity, above: tuple[FileIdentity, ...]) -> None:
+    if any((one.device, one.inode) == (identity.device, identity.inode) for one in above):
+        raise CorruptImage(
+            "the chain of images leads back to itself", path=file.name, hint="give the child its parent"
+        )
+    if len(above) >= MAX_DEPTH:
+        raise chain_too_long(file.name)
+
+
+def chain_too_long(name: str) -> UnsupportedFeature:
+    return UnsupportedFeature(f"a chain of more than {MAX_DEPTH} images", path=name, hint="merge some of them first")
+
+
+def _check_view(chosen: DiskFormat, view: OpenOptions) -> None:
+    for option in ("snapshot", "size_from"):
+        if getattr(view, option) is not None and option not in chosen.reads:
+            raise UnsupportedFeature(f"{chosen.name} images have no choice of {option.replace('_', ' ')}")
+
+
+def _follow(
+    references: tuple[Reference, ...], file: LocalFile, reading: Reading, above: tuple[FileIdentity, ...]
+) -> tuple[Source, ...]:
+    opened: list[Source] = []
+    try:
+        for reference in references:
+            opened.append(_open_reference(reference, Path(file.name), reading, above))
+    except BaseException:
+        for source in opened:
+            source.close()
+        raise
+    return tuple(opened)
+
+
+def _open_reference(reference: Reference, origin: Path, reading: Reading, above: tuple[FileIdentity, ...]) -> Source:
+    """The first file that the names lead to and that is the one meant."""
+    assert reading.following is not None
+    below = replace(reading, declared=reference.format, view=AS_IS)
+    refused: ImagekitError | None = None
+    for path in find(reference, origin, reading.following):
+        source = _open_below(path, below, above)
+        try:
+            if (
+                reference.format is None
+                and source.format == "raw"
+                and "reference-format" not in (reading.allow or ())
+            ):
+                policy.enforce([policy.finding("reference-format", f"{reference.name!r} has no known format")])
+            check_identity(reference, source.image, path, ignore=reading.following.ignore_parent_id)
+        except UnsafeImage as error:
+            source.close()
+            refused = refused or error
+            continue
+        return source
+    assert refused is not None
+    raise refused
+
+
+def _open_below(path: Path, reading: Reading, above: tuple[FileIdentity, ...]) -> Source:
+    file = LocalFile.open_source(path)
+    try:
+        return _judged(file, reading, above)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _resolver(references: tuple[Reference, ...], chain: tuple[Source, ...]) -> Resolver:
+    opened = dict(zip(references, chain, strict=True))
+
+    def resolve(reference: Reference) -> DiskImage:
+        return opened[reference].image
+
+    return resolve
+
+
+def _about(finding: policy.Finding, source: Source) -> policy.Finding:
+    return replace(finding, message=f"{source.file.name}: {finding.message}", offset=None)
 
 
 @contextmanager

@@ -6,14 +6,14 @@ every guest byte of two images, of whatever formats. Both read through the same 
 
 from __future__ import annotations
 
-import heapq
 import threading
 from collections.abc import Callable, Iterator
 
 from imagekit.errors import VerificationFailed
 from imagekit.formats import registry
 from imagekit.formats.base import DiskImage, File
-from imagekit.plan import CHUNK, ConversionPlan
+from imagekit.formats.raw import ZeroImage
+from imagekit.plan import CHUNK, ConversionPlan, data_parts, merged_ranges
 from imagekit.progress import SILENT, Control
 from imagekit.workers import run as run_workers
 from imagekit.workers import usable_cores
@@ -21,23 +21,35 @@ from imagekit.workers import usable_cores
 ZEROS = bytes(CHUNK)
 
 
-def verify_structure(plan: ConversionPlan, target: File) -> None:
-    """Raise VerificationFailed when the target is not the disk that was planned."""
+def verify_structure(plan: ConversionPlan, target: File, *, file_size: int | None = None) -> None:
+    """Raise VerificationFailed when the target is not the disk that was planned. Its parent is not looked at.
+
+    ``file_size`` is what a target that stores its blocks encoded came to; the plan knows a bound only.
+    """
+    file_size = plan.file_size if file_size is None else file_size
     chosen = registry.find(plan.target_format)
-    image = chosen.open(target)
-    if target.size != plan.file_size:
-        raise _failed(target, f"the file has {target.size} bytes, {plan.file_size} were planned")
+    image = chosen.open(target, resolver=lambda _: ZeroImage(plan.virtual_size))
+    if target.size != file_size or file_size > plan.file_size:
+        raise _failed(target, f"the file has {target.size} bytes, {file_size} were planned")
     if image.virtual_size != plan.virtual_size:
         raise _failed(target, f"the disk has {image.virtual_size} bytes, {plan.virtual_size} were planned")
     info = image.info()
-    if info.facts or info.references:
-        raise _failed(target, f"the target has oddities: {info.facts or info.references}")
+    if info.facts:
+        raise _failed(target, f"the target has oddities: {info.facts}")
+    parent = plan.writer_options.parent
+    if [one.identities[:1] for one in info.references] != ([] if parent is None else [(parent.identity,)]):
+        raise _failed(target, f"the target refers to other files than planned: {info.references}")
     if info.block_size is None:
         return  # every block has its place
     problems = chosen.check(target)
     if problems:
         raise _failed(target, problems[0].message)
-    if tuple(present_blocks(image, plan.block_size)) != plan.blocks:
+    planned = ((0, -(-plan.virtual_size // plan.block_size)),) if info.subformat == "fixed" else plan.blocks
+    present = tuple(present_blocks(image, plan.block_size))
+    if plan.writer_options.compression is not None:
+        # Whoever compresses sees which of the planned blocks are zero after all, and leaves them out.
+        present = tuple(merged_ranges(iter(present), iter(planned)))
+    if present != planned:
         raise _failed(target, "the allocated blocks are not the planned ones")
 
 
@@ -114,15 +126,11 @@ class _Comparison:
 def _pieces(one: DiskImage, other: DiskImage) -> Iterator[tuple[int, int]]:
     """(start, length), aligned, at most CHUNK, of all that is data in either image; in order."""
     done = 0
-    for start, end in heapq.merge(_data(one), _data(other)):
+    for start, length in merged_ranges(data_parts(one.extents()), data_parts(other.extents())):
         done = max(done, start // CHUNK * CHUNK)
-        while done < end:
+        while done < start + length:
             yield done, CHUNK
             done += CHUNK
-
-
-def _data(image: DiskImage) -> Iterator[tuple[int, int]]:
-    return ((extent.start, extent.end) for extent in image.extents() if extent.data)
 
 
 def _make_comparer(one: DiskImage, other: DiskImage, comparison: _Comparison) -> Callable[[tuple[int, int]], None]:

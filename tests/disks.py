@@ -16,7 +16,7 @@ from imagekit.errors import ImagekitError
 from imagekit.formats import registry
 from imagekit.formats.base import DiskImage, Extent, File, WriterOptions
 from imagekit.formats.files import MemoryFile
-from imagekit.plan import build_plan
+from imagekit.plan import build_plan, target_size
 
 IDENTIFIER = uuid.UUID("6f9c1d2e-0b1a-4c3d-8e5f-001122334455")
 OPTIONS = WriterOptions(IDENTIFIER)
@@ -80,7 +80,15 @@ def convert(
 ) -> MemoryFile:
     """A conversion in memory: plan and copy, without the files and the judging around them."""
     image = registry.find(source_format).open(source)
-    plan = build_plan(image, source_format=source_format, target_format=target_format, options=options, size=size)
+    virtual_size, notes = target_size(image.virtual_size, size)
+    plan = build_plan(
+        image,
+        source_format=source_format,
+        target_format=target_format,
+        options=options,
+        virtual_size=virtual_size,
+        notes=notes,
+    )
     target = MemoryFile(name="target")
     copying.copy_image(plan, image, source, target, jobs=jobs)
     return target

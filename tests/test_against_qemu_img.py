@@ -24,7 +24,7 @@ from imagekit.formats import registry
 from imagekit.formats.base import JSON, Extent
 from imagekit.formats.files import LocalFile, MemoryFile
 from imagekit.plan import ConvertOptions
-from imagekit.sources import open_source
+from imagekit.sources import Reading, open_source
 from tests.disks import IDENTIFIER, content, md5, noise, text
 from tests.oracles import dissect_md5, need_tool, qemu_img_md5, vhdi_md5
 from tests.samples import sample
@@ -76,7 +76,7 @@ def assert_read_alike(
     path: Path, format_name: str, expected: bytes, *, maps: bool = True, size: str = CURRENT
 ) -> None:
     """Content and map of an image, as we and qemu-img see them; ``size`` says where a VHD's size comes from."""
-    with open_source(path, declared=format_name) as source:
+    with open_source(path, Reading(declared=format_name)) as source:
         assert md5(content(source.image)) == md5(expected)
         ours = [extent.to_json() for extent in source.image.extents()]
     options = {"force_size_calc": size} if format_name == "vhd" else {}
@@ -539,7 +539,7 @@ def test_an_image_that_qemu_writes_to_is_refused(
         with pytest.raises(UnsafeImage, match="QEMU has the image open for writing") as caught:
             convert_image(path, no_leftovers / "target.vhd", QUICK)
         assert (caught.value.rule, caught.value.exit_code) == ("in-use", 13)
-        with open_source(path, allow=frozenset({"in-use"})) as source:
+        with open_source(path, Reading(allow=frozenset({"in-use"}))) as source:
             assert "in-use" in [finding.rule for finding in source.findings]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import imagekit
+from fixtures.efi_disks import ESP, UEFI_CA, WINDOWS_CA, Fat, gpt_disk, loader
 from imagekit import bundle as bundle_module
 from imagekit.cloudinit.iso import read_iso
 from imagekit.errors import (
@@ -54,6 +55,75 @@ def test_the_bundle_holds_what_machine_json_says(image: Path, tmp_path: Path) ->
         "web1-config.iso",
         "web1.vhd",
     ]
+
+
+@pytest.fixture
+def uefi_image(tmp_path: Path) -> Path:
+    """A disk with a boot loader that says it is shim."""
+    return efi_image(tmp_path / "uefi.raw", UEFI_CA)
+
+
+def efi_image(path: Path, *signers: str) -> Path:
+    path.write_bytes(gpt_disk([(ESP, Fat({"EFI/BOOT/BOOTX64.EFI": loader(signers=signers)}, bits=12).volume())]))
+    return path
+
+
+def test_an_image_with_a_uefi_boot_loader_becomes_generation_2(uefi_image: Path, tmp_path: Path) -> None:
+    made = imagekit.prepare(uefi_image, tmp_path / "web1", name="web1", uuid=UUID)
+    machine = Machine.load(tmp_path / "web1")
+    machine.check_media(tmp_path / "web1", digests=True)
+    assert (machine.generation, machine.firmware, machine.secure_boot) == (2, "uefi", "linux")
+    assert [(medium.path, medium.format, medium.place) for medium in machine.media] == [
+        ("web1.vhdx", "vhdx", "SCSI 0:0"),
+        ("web1-config.iso", "iso", "SCSI 0:1"),
+    ]
+    assert made.report.target_format == "vhdx" and made.report.subformat == "dynamic"
+    assert imagekit.compare(uefi_image, tmp_path / "web1" / "web1.vhdx").same
+    assert made.to_json()["reasons"] == {
+        "generation": r"the EFI system partition has \EFI\BOOT\BOOTX64.EFI",
+        "secure-boot": "the boot loader is signed by the Microsoft UEFI CA",
+    }
+
+
+def test_an_image_without_one_becomes_generation_1_and_the_reason_is_given(image: Path, tmp_path: Path) -> None:
+    made = imagekit.prepare(image, tmp_path / "web1", name="web1")
+    assert (made.machine.generation, made.machine.firmware, made.machine.secure_boot) == (1, "bios", "off")
+    assert made.choice.generation_reason == "the disk has no EFI system partition"
+
+
+@pytest.mark.parametrize(
+    ("signers", "asked", "secure_boot", "warned"),
+    [
+        ((WINDOWS_CA,), "auto", "windows", False),
+        ((), "auto", "off", False),
+        ((), "linux", "linux", True),
+        ((UEFI_CA,), "windows", "windows", True),
+        ((UEFI_CA,), "off", "off", False),
+    ],
+    ids=["Windows", "unsigned", "unsigned, asked for", "the other template", "off"],
+)
+def test_secure_boot_is_what_was_asked_for_or_what_the_loader_is_signed_for(
+    tmp_path: Path, signers: tuple[str, ...], asked: str, secure_boot: str, warned: bool
+) -> None:
+    image = efi_image(tmp_path / "uefi.raw", *signers)
+    made = imagekit.prepare(image, tmp_path / "web1", name="web1", machine={"secure_boot": asked})
+    assert made.machine.secure_boot == secure_boot
+    assert any("will refuse it" in warning for warning in made.warnings) == warned
+
+
+def test_the_generation_asked_for_wins_over_what_the_image_has(image: Path, uefi_image: Path, tmp_path: Path) -> None:
+    first = imagekit.prepare(uefi_image, tmp_path / "first", name="web1", machine={"generation": 1})
+    assert (first.machine.generation, first.machine.media[0].path) == (1, "web1.vhd")
+    second = imagekit.prepare(image, tmp_path / "second", name="web1", machine={"generation": 2})
+    assert (second.machine.generation, second.machine.media[0].path) == (2, "web1.vhdx")
+    assert any("nothing to boot" in warning for warning in second.warnings)
+
+
+def test_one_guest_gives_one_disk_of_generation_2_byte_for_byte(uefi_image: Path, tmp_path: Path) -> None:
+    made = [imagekit.prepare(uefi_image, tmp_path / name, name="web1", uuid=UUID) for name in ("a", "b")]
+    assert made[0].machine.media[0].sha256 == made[1].machine.media[0].sha256
+    other = imagekit.prepare(uefi_image, tmp_path / "c", name="web1")
+    assert other.report.identifier != made[0].report.identifier
 
 
 def test_drive_disk_and_machine_share_one_identity(image: Path, tmp_path: Path) -> None:
@@ -134,8 +204,11 @@ def test_a_failure_leaves_what_others_put_into_the_folder(
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("taken", ["web1.vhd", "web1-config.iso", "machine.json"])
-def test_an_existing_file_stops_it_before_anything_is_written(image: Path, tmp_path: Path, taken: str) -> None:
+@pytest.mark.parametrize("taken", ["web1.vhd", "web1.vhdx", "web1-config.iso", "machine.json"])
+def test_an_existing_file_stops_it_before_anything_is_written(
+    image: Path, uefi_image: Path, tmp_path: Path, taken: str
+) -> None:
+    image = uefi_image if taken.endswith(".vhdx") else image
     folder = tmp_path / "web1"
     folder.mkdir()
     (folder / taken).write_text("mine")
@@ -161,8 +234,9 @@ def test_cancelling_leaves_nothing(image: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "kind"),
     [
-        ({"machine": {"generation": 2}}, UnsupportedFeature),
+        ({"machine": {"generation": 3}}, InvalidSpec),
         ({"machine": {"secure_boot": "linux"}}, UnsupportedFeature),
+        ({"machine": {"generation": 1, "secure_boot": "windows"}}, UnsupportedFeature),
         ({"machine": {"memory": 3 * MiB}}, InvalidSpec),
         ({"machine": {"speed": "fast"}}, InvalidSpec),
         ({"name": "../evil"}, InvalidSpec),

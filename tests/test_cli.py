@@ -152,7 +152,7 @@ BAD_INPUT = {
     "no format in the name": (["convert", "disk.raw", "x.bin2"], 2, "UsageError"),
     "target is the source": (["convert", "disk.raw", "disk.raw"], 2, "UsageError"),
     "unknown format": (["convert", "disk.raw", "x.vhd", "-O", "floppy"], 12, "UnsupportedFeature"),
-    "a format that is only known by name": (["convert", "disk.raw", "x.vhdx"], 12, "UnsupportedFeature"),
+    "a format that is only known by name": (["convert", "disk.raw", "x.qed"], 12, "UnsupportedFeature"),
     "declared is not found": (["convert", "disk.raw", "x.vhd", "-f", "qcow2"], 11, "InvalidImage"),
     "missing folder": (["convert", "disk.raw", "no/x.vhd"], 14, "TargetError"),
     "unknown subformat": (["convert", "disk.raw", "x.vhd", "--subformat", "thin"], 12, "UnsupportedFeature"),
@@ -165,10 +165,9 @@ BAD_INPUT = {
     "a rule that cannot be allowed": (["convert", "disk.raw", "x.vhd", "--allow", "ambiguous"], 2, "UsageError"),
     "no such option": (["convert", "disk.raw", "x.vhd", "--frobnicate"], 2, "UsageError"),
     "no such command": (["convrt", "disk.raw"], 2, "UsageError"),
-    "an option to come": (["convert", "disk.raw", "x.vhd", "--for", "azure"], 12, "UnsupportedFeature"),
+    "an option to come": (["convert", "disk.raw", "x.vhd", "--confined"], 12, "UnsupportedFeature"),
     "a command to come": (["batch", "list.yaml"], 12, "UnsupportedFeature"),
     "no check for raw": (["check", "disk.raw"], 12, "UnsupportedFeature"),
-    "generation 2": (["prepare", "disk.raw", "--out", "b", "--generation", "2"], 12, "UnsupportedFeature"),
     "another host": (["boot", ".", "--on", "hyperv"], 12, "UnsupportedFeature"),
     "no bundle": (["boot", "."], 10, "SourceError"),
     "a bad host name": (["configdrive", "x.iso", "--hostname", "a b"], 2, "InvalidSpec"),
@@ -322,7 +321,7 @@ class Toy(DiskFormat):
     def probe(self, file):
         return "toy magic at the end" if file.pread(file.size - 3, 3) == b"toy" else None
 
-    def open(self, file, *, resolver=None):
+    def open(self, file, *, resolver=None, options=None):
         return ToyImage(file, file.size - 3)
 
     def writer(self, virtual_size, options):

@@ -37,7 +37,7 @@ from imagekit.formats import registry
 from imagekit.formats.files import LocalFile, MemoryFile
 from imagekit.plan import ConvertOptions
 from imagekit.progress import Control, Progress
-from imagekit.sources import open_source
+from imagekit.sources import Reading, open_source
 from tests.disks import IDENTIFIER, content, md5, noise, text
 from tests.folders import read_only, small
 from tests.samples import sample, sample_facts
@@ -71,7 +71,7 @@ def written(folder: Path, data: bytes, name: str = "source.qcow2") -> Path:
 
 def read(path: Path, declared: str | None = None) -> bytes:
     """The content of an image as a guest sees it, by way of everything a user goes through."""
-    with open_source(path, declared=declared) as source:
+    with open_source(path, Reading(declared=declared)) as source:
         return content(source.image)
 
 
@@ -183,8 +183,8 @@ def test_the_format_to_write_is_what_is_asked_for_else_the_suffix(tmp_path: Path
     assert (tmp_path / "c.vhd").read_bytes() == DISK
     with pytest.raises(UsageError, match="does not say which format to write"):
         convert_image(source, tmp_path / "d", QUICK)
-    with pytest.raises(UnsupportedFeature, match="does not write qcow2"):
-        convert_image(source, tmp_path / "d.qcow2", QUICK)
+    with pytest.raises(UnsupportedFeature, match="does not write vmdk"):
+        convert_image(source, tmp_path / "d.vmdk", QUICK)
     with pytest.raises(UnsupportedFeature, match="'floppy'"):
         convert_image(source, tmp_path / "d", options(target_format="floppy"))
 
@@ -226,10 +226,11 @@ BAD: list[tuple[str, bytes, str | None, type[ImagekitError], int, str]] = [
     ("empty, declared", b"", "raw", UnknownFormat, 11, "the file is empty"),
     ("a qcow2 magic", b"QFI\xfb", None, InvalidImage, 11, "no qcow2 header"),
     ("qcow1", b"QFI\xfb\0\0\0\1" + bytes(4096), None, UnsupportedFeature, 12, "qcow version 1"),
-    ("vhdx", b"vhdxfile" + bytes(4096), None, UnsupportedFeature, 12, "this is a vhdx image"),
-    ("vmdk", b"KDMV" + bytes(4096), None, UnsupportedFeature, 12, "this is a vmdk image"),
-    ("vmdk text", b"# Disk DescriptorFile\n" * 40, None, UnsupportedFeature, 12, "this is a vmdk image"),
-    ("vdi", bytes(64) + b"\x7f\x10\xda\xbe" * 99, None, UnsupportedFeature, 12, "this is a vdi image"),
+    ("a vhdx identifier", b"vhdxfile" + bytes(4096), None, InvalidImage, 11, "no VHDX header"),
+    ("vmdk", b"KDMV" + bytes(4096), None, UnsupportedFeature, 12, "VMDK version 0"),
+    ("vmdk text", b"# Disk DescriptorFile\n" * 40, None, InvalidImage, 11, "descriptor"),
+    ("vdi", bytes(64) + b"\x7f\x10\xda\xbe" * 99, None, UnsupportedFeature, 12, "VDI version"),
+    ("qed", b"QED\0" + bytes(4096), None, UnsupportedFeature, 12, "this is a qed image"),
     ("qed", b"QED\0" + bytes(4096), None, UnsupportedFeature, 12, "this is a qed image"),
     ("luks", b"LUKS\xba\xbe\0\2" + bytes(4096), None, UnsupportedFeature, 12, "this is a luks image"),
     ("qcow2 cut in a table", QCOW2[: 3 * K64], None, CorruptImage, 11, "L1 table ends at"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
+import random
 import sys
 import threading
 import time
@@ -18,11 +20,12 @@ from fixtures.qcow2_images import Cluster, Compressed, Plain, Recipe, Zero, make
 from imagekit import copying
 from imagekit.errors import Cancelled, CorruptImage, TargetError
 from imagekit.formats import registry
-from imagekit.formats.base import DiskImage, File, WriterOptions
+from imagekit.formats.base import Buffer, DiskImage, File, WriterOptions
 from imagekit.formats.files import LocalFile, MemoryFile
+from imagekit.formats.qcow2_writer import PackedLayout
 from imagekit.formats.raw import RawImage
-from imagekit.plan import ConversionPlan, build_plan
-from imagekit.progress import Control, Progress
+from imagekit.plan import Chunk, ConversionPlan, build_plan, chunks
+from imagekit.progress import SILENT, Control, Progress
 from tests.disks import IDENTIFIER, OPTIONS, content, convert, disks, noise, qcow2_recipes, text
 
 KiB, MiB = 1 << 10, 1 << 20
@@ -33,10 +36,16 @@ TARGETS = [
     ("vhd", WriterOptions(IDENTIFIER, block_size=4 * KiB)),
     ("vhd", WriterOptions(IDENTIFIER, block_size=8 * MiB)),
     ("vhd", WriterOptions(IDENTIFIER, subformat="fixed")),
+    ("qcow2", OPTIONS),
+    ("qcow2", WriterOptions(IDENTIFIER, block_size=4 * KiB, compression="zlib")),
+    ("qcow2", WriterOptions(IDENTIFIER, compression="zstd")),
 ]
 each_target = pytest.mark.parametrize(
-    ("target", "options"), TARGETS, ids=["raw", "vhd", "vhd 4K", "vhd 8M", "vhd fixed"]
+    ("target", "options"),
+    TARGETS,
+    ids=["raw", "vhd", "vhd 4K", "vhd 8M", "vhd fixed", "qcow2", "qcow2 4K zlib", "qcow2 zstd"],
 )
+ZSTD = WriterOptions(IDENTIFIER, block_size=4 * KiB, compression="zstd")
 
 
 def plan_for(image: DiskImage, source: str, target: str = "vhd", options: WriterOptions = OPTIONS) -> ConversionPlan:
@@ -187,6 +196,167 @@ def test_a_chunk_in_many_pieces_is_read_and_written_in_one_go(monkeypatch: pytes
     file = convert(MemoryFile(make(recipe).data), "qcow2", "vhd")
     assert calls == []
     assert content(registry.find("vhd").open(file)) == recipe.content()
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------
+
+
+def tasks_of(disk: bytes, target: str, options: WriterOptions) -> list[Chunk]:
+    plan = plan_for(RawImage(MemoryFile(disk), len(disk)), "raw", target, options)
+    return list(chunks(plan, plan.layout()))
+
+
+def test_small_blocks_side_by_side_are_one_task() -> None:
+    """A task a cluster of 64 KiB would cost more than its copy."""
+    disk = noise(5 * MiB) + bytes(MiB) + noise(100 * KiB)
+    tasks = tasks_of(disk, "qcow2", OPTIONS)
+    assert [(task.start, task.length) for task in tasks] == [
+        (0, 2 * MiB),
+        (2 * MiB, 2 * MiB),
+        (4 * MiB, MiB),
+        (6 * MiB, 100 * KiB),
+    ]
+    first = tasks[0].target
+    assert [task.target - first for task in tasks] == [0, 2 * MiB, 4 * MiB, 5 * MiB]
+
+
+def test_blocks_with_something_between_them_are_a_task_each() -> None:
+    tasks = tasks_of(noise(64 * KiB), "vhd", WriterOptions(IDENTIFIER, block_size=4 * KiB))
+    assert [(task.length, task.first_of_block) for task in tasks] == [(4 * KiB, True)] * 16
+
+
+@given(st.permutations(range(12)), st.integers(1, 12))
+def test_only_blocks_that_lie_side_by_side_in_the_target_are_one_task(order: list[int], count: int) -> None:
+    """A layout may have placed some of them before, wherever it liked."""
+    disk = noise(12 * 512)
+    options = WriterOptions(IDENTIFIER, block_size=512)
+    plan = plan_for(RawImage(MemoryFile(disk), len(disk)), "raw", "qcow2", options)
+    layout = dataclasses.replace(plan, blocks=()).layout()
+    for block in order[:count]:
+        layout.place(block)
+    tasks = list(chunks(plan, layout))
+    assert [at for task in tasks for at in range(task.start, task.start + task.length, 512)] == [
+        block * 512 for block in range(12)
+    ]
+    for task in tasks:
+        blocks = range(task.start // 512, (task.start + task.length) // 512)
+        places = [layout.place(block) for block in blocks]
+        assert places == [task.target + at * 512 for at in range(len(places))]
+    assert all(
+        one.target + one.length != other.target for one, other in itertools.pairwise(tasks)
+    )  # nothing more could be joined
+
+
+# --- encoded ---------------------------------------------------------------------------------------------------
+
+
+def encoded_copy(disk: bytes, target: File, *, jobs: int, control: Control = SILENT) -> copying.CopyResult:
+    image = RawImage(MemoryFile(disk), len(disk))
+    return copying.copy_image(
+        plan_for(image, "raw", "qcow2", ZSTD), image, image.file, target, jobs=jobs, control=control
+    )
+
+
+def mixed(pieces: int) -> bytes:
+    """Chunks that take different times to encode, and blocks that are stored in every way."""
+    kinds = (noise(256 * KiB), text(256 * KiB), bytes(256 * KiB), noise(5000) + bytes(251 * KiB) + b"x" * 120)
+    return b"".join(kinds[at * 7 % 4][: 256 * KiB - at % 3 * 512] for at in range(pieces))
+
+
+def test_the_file_is_the_same_whatever_thread_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = mixed(90)
+    expected = MemoryFile()
+    encoded_copy(disk, expected, jobs=1)
+    encode, chance = PackedLayout.encode, random.Random(1)
+
+    def slowly(self: PackedLayout, data: Buffer) -> Buffer:
+        if chance.random() < 0.02:
+            time.sleep(0.005)
+        return encode(self, data)
+
+    monkeypatch.setattr(PackedLayout, "encode", slowly)
+    for jobs in (2, 3, 8):
+        target = MemoryFile()
+        encoded_copy(disk, target, jobs=jobs)
+        assert target.data == expected.data
+    assert content(registry.find("qcow2").open(expected)) == disk
+
+
+def test_neighbours_in_the_target_are_written_by_one_call() -> None:
+    calls: list[tuple[int, int]] = []
+
+    class Watched(MemoryFile):
+        def pwrite(self, offset: int, *buffers: bytes | bytearray | memoryview) -> None:
+            calls.append((offset, len(buffers)))
+            super().pwrite(offset, *buffers)
+
+    encoded_copy(text(4 * MiB), Watched(), jobs=1)
+    assert [count for _, count in calls[:2]] == [512, 512]
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 6])
+@pytest.mark.parametrize("step", ["encode", "add"])
+def test_a_thread_that_fails_leaves_none_waiting_for_its_turn(
+    step: str, jobs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count()
+    real = getattr(PackedLayout, step)
+
+    def fails(self: PackedLayout, *arguments: object) -> object:
+        if next(calls) == 1500:
+            raise CorruptImage("on purpose")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(PackedLayout, step, fails)
+    before = threading.active_count()
+    with pytest.raises(CorruptImage, match="on purpose"):
+        encoded_copy(text(20 * MiB), MemoryFile(), jobs=jobs)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_a_source_damaged_on_the_way_stops_an_encoding_copy_with_its_error(jobs: int) -> None:
+    size = 64 * KiB
+    clusters: dict[int, Cluster] = {at: Compressed(text(size, at)) for at in range(150)}
+    clusters[100] = Compressed(b"", stream=b"\xff" * 100)
+    source = MemoryFile(make(Recipe(size=150 * size, clusters=clusters)).data)
+    before = threading.active_count()
+    with pytest.raises(CorruptImage, match="guest bytes from 0x640000"):
+        convert(source, "qcow2", "qcow2", options=ZSTD, jobs=jobs)
+    assert threading.active_count() == before
+
+
+def test_a_full_target_stops_an_encoding_copy_with_its_error() -> None:
+    class Full(MemoryFile):
+        def pwrite(self, offset: int, *buffers: bytes | bytearray | memoryview) -> None:
+            if offset > 4 * MiB:
+                raise TargetError("cannot be written: No space left on device")
+            super().pwrite(offset, *buffers)
+
+    with pytest.raises(TargetError, match="No space left"):
+        encoded_copy(noise(16 * MiB), Full(), jobs=3)
+
+
+def test_an_encoding_copy_stops_soon_when_asked_and_leaves_no_thread() -> None:
+    disk = text(100 * MiB)
+    image = Slow(MemoryFile(disk), len(disk))
+    plan = plan_for(RawImage(MemoryFile(disk), len(disk)), "raw", "qcow2", ZSTD)
+    cancel, before = threading.Event(), threading.active_count()
+
+    def ask(progress: Progress) -> None:
+        if progress.done:
+            cancel.set()
+
+    with pytest.raises(Cancelled):
+        copying.copy_image(plan, image, image.file, MemoryFile(), jobs=2, control=Control(ask, cancel))
+    assert threading.active_count() == before
+
+
+def test_progress_of_an_encoding_copy_ends_with_all_of_it() -> None:
+    told: list[Progress] = []
+    disk = noise(5 * MiB + 512)
+    encoded_copy(disk, MemoryFile(), jobs=2, control=Control(told.append))
+    assert told[-1] == Progress("copy", len(disk), len(disk))
 
 
 # --- stopping --------------------------------------------------------------------------------------------------

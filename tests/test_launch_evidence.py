@@ -60,6 +60,10 @@ def test_the_pieces_the_text_comes_in_make_no_difference(cuts: list[int]) -> Non
         ("Welcome to GRUB!", "bootloader"),
         ("SYSLINUX 6.04 EDD", "bootloader"),
         ("imagekit tiny guest: boot sector running", "bootloader"),
+        ('\x1b[2J\x1b[01;01H\x1b[=3hBdsDxe: starting Boot0001 "UEFI QEMU QEMU HARDDISK "', "firmware"),
+        ("imagekit tiny guest: EFI application running", "bootloader"),
+        ("EFI stub: UEFI Secure Boot is enabled.", "bootloader"),
+        ("[    0.000000] secureboot: Secure boot enabled", "kernel"),
         ("[    0.000000] Linux version 5.14.0-427.el9.x86_64", "kernel"),
         ("FreeBSD 14.1-RELEASE (GENERIC) releng/14.1", "kernel"),
         ("INIT: version 3.06 booting", "init"),
@@ -79,6 +83,7 @@ def test_a_line_shows_its_stage(line: str, stage: Stage) -> None:
         "Last login: Sun Nov 22 10:00:00 UTC 2026",
         "Datasource DataSourceNone.  Up 10 seconds",
         "loading /boot/Linux version file",
+        'BdsDxe: failed to load Boot0002 "UEFI Misc Device" from PciRoot(0x0): Not Found',
     ],
 )
 def test_a_line_that_only_looks_like_progress_shows_none(line: str) -> None:
@@ -89,6 +94,12 @@ def test_a_line_that_only_looks_like_progress_shows_none(line: str) -> None:
     ("line", "stage"),
     [
         ("No bootable device.", "firmware"),
+        ('BdsDxe: failed to load Boot0001 "UEFI QEMU" from PciRoot(0x0)/Scsi(0x0,0x0): Access Denied', "firmware"),
+        ("BdsDxe: No bootable option or device was found.", "firmware"),
+        ("UEFI Interactive Shell v2.2", "firmware"),
+        ("|Verification failed: (0x1A) Security Violation|", "bootloader"),
+        ("error: bad shim signature.", "bootloader"),
+        ("error: /vmlinuz has invalid signature.", "bootloader"),
         ("Missing operating system", "bootloader"),
         ("grub rescue> ", "bootloader"),
         ("grub> ", "bootloader"),

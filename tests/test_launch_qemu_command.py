@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from imagekit.errors import UnsupportedFeature
+from imagekit.launch.ovmf import Flash, UefiFirmware
 from imagekit.launch.qemu_command import Accelerator, qemu_args, stand_ins
 from imagekit.machine import Machine
 
 MIB = 1 << 20
 FILES = [Path("/tmp/a,b/overlay.qcow2"), Path("/b/config.iso")]
+FIRMWARE = UefiFirmware(Flash(Path("/f/code,1.fd")), Flash(Path("/tmp/variables.fd")))
 
 
 def machine(**changes: object) -> Machine:
@@ -33,8 +35,23 @@ def machine(**changes: object) -> Machine:
     return Machine.parse({**fields, **changes})
 
 
+def generation_2(**changes: object) -> Machine:
+    """The same as generation 2, on SCSI."""
+    scsi = {"controller": "scsi", "size": 1}
+    media = [
+        {"path": "d.vhdx", "format": "vhdx", "kind": "disk", **scsi},
+        {"path": "c.iso", "format": "iso", "kind": "dvd", "slot": 1, **scsi},
+    ]
+    return machine(**{"generation": 2, "firmware": "uefi", "media": media, **changes})
+
+
 def arguments(
-    of: Machine, *, accelerator: Accelerator = "tcg", allow_network: bool = False, sandbox: bool = True
+    of: Machine,
+    *,
+    accelerator: Accelerator = "tcg",
+    firmware: UefiFirmware | None = None,
+    allow_network: bool = False,
+    sandbox: bool = True,
 ) -> list[str]:
     return qemu_args(
         of,
@@ -42,6 +59,7 @@ def arguments(
         files=FILES,
         control="socket,fd=3",
         accelerator=accelerator,
+        firmware=firmware or (FIRMWARE if of.generation == 2 else None),
         allow_network=allow_network,
         sandbox=sandbox,
     )
@@ -125,11 +143,66 @@ def test_qemu_is_confined_where_it_can_be() -> None:
     assert values(arguments(machine(), sandbox=False), "-sandbox") == []
 
 
-def test_generation_2_is_not_supported_yet() -> None:
-    disk = {"path": "d.vhdx", "format": "vhdx", "kind": "disk", "controller": "scsi", "size": 1}
-    with pytest.raises(UnsupportedFeature, match="generation 2") as caught:
-        arguments(machine(generation=2, firmware="uefi", media=[disk]))
+def test_generation_2_has_its_disk_on_scsi_0_0_and_its_config_drive_on_scsi_0_1() -> None:
+    devices = values(arguments(generation_2()), "-device")
+    assert "virtio-scsi-pci,id=scsi0" in devices
+    assert "scsi-hd,drive=medium0,bus=scsi0.0,scsi-id=0,lun=0,bootindex=1" in devices
+    assert "scsi-cd,drive=medium1,bus=scsi0.0,scsi-id=0,lun=1" in devices
+
+
+def test_every_scsi_controller_that_is_named_is_there() -> None:
+    one, other = (medium.model_dump() for medium in generation_2().media)
+    devices = values(arguments(generation_2(media=[one, {**other, "number": 3, "slot": 63}])), "-device")
+    assert [device for device in devices if device.startswith("virtio-scsi")] == [
+        "virtio-scsi-pci,id=scsi0",
+        "virtio-scsi-pci,id=scsi3",
+    ]
+    assert "scsi-cd,drive=medium1,bus=scsi3.0,scsi-id=0,lun=63" in devices
+
+
+def test_a_machine_for_windows_has_a_controller_that_windows_knows() -> None:
+    devices = values(arguments(generation_2(secure_boot="windows")), "-device")
+    assert "ide-hd,drive=medium0,bus=ide.0,bootindex=1" in devices
+    assert "ide-cd,drive=medium1,bus=ide.1" in devices
+    assert not any("virtio-scsi" in device for device in devices)
+
+
+@pytest.mark.parametrize("place", [{"number": 1, "slot": 0}, {"slot": 6}], ids=["SCSI 1:0", "SCSI 0:6"])
+def test_a_place_that_controller_does_not_have_is_not_supported(place: dict[str, int]) -> None:
+    one, other = (medium.model_dump() for medium in generation_2().media)
+    with pytest.raises(UnsupportedFeature, match=r"c\.iso on SCSI") as caught:
+        arguments(generation_2(secure_boot="windows", media=[one, {**other, **place}]))
     assert caught.value.hint is not None
+
+
+def test_the_firmware_is_read_only_and_its_variables_are_not() -> None:
+    command = arguments(generation_2())
+    assert values(command, "-machine") == ["q35,pflash0=firmware,pflash1=variables"]
+    nodes = {node["node-name"]: node for node in blockdevs(command)}
+    assert (nodes["firmware"]["read-only"], nodes["variables"]["read-only"]) == (True, False)
+    assert nodes["firmware"]["file"]["filename"] == str(FIRMWARE.code.path)
+    assert nodes["variables"]["file"]["filename"] == str(FIRMWARE.variables.path)
+
+
+def test_firmware_that_needs_smm_has_it_and_its_variables_to_itself() -> None:
+    firmware = UefiFirmware(Flash(Path("/c"), "qcow2"), Flash(Path("/v"), "qcow2"), needs_smm=True)
+    command = arguments(generation_2(secure_boot="linux"), firmware=firmware)
+    assert values(command, "-machine") == ["q35,pflash0=firmware,pflash1=variables,smm=on"]
+    assert values(command, "-global") == ["driver=cfi.pflash01,property=secure,value=on"]
+    assert {node["driver"] for node in blockdevs(command)} == {"qcow2", "raw"}
+
+
+def test_the_debug_port_is_for_seabios_alone() -> None:
+    """OVMF prints megabytes there."""
+    assert any("debugcon" in device for device in values(arguments(machine()), "-device"))
+    assert not any("debugcon" in device for device in values(arguments(generation_2()), "-device"))
+
+
+def test_what_stands_in_for_generation_2_is_named() -> None:
+    said = "\n".join(stand_ins(generation_2(secure_boot="linux")))
+    assert "virtio-scsi-pci stands in" in said and "template 'linux'" in said
+    assert "ich9-ahci stands in" in "\n".join(stand_ins(generation_2(secure_boot="windows")))
+    assert "Secure Boot" not in "\n".join(stand_ins(generation_2()))
 
 
 def test_a_file_is_needed_for_every_medium() -> None:

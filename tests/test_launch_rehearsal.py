@@ -24,7 +24,9 @@ from fixtures.tiny_guest import (
     SILENT_LISTING,
     boot_sector_disk,
     make_bundle,
+    make_uefi_bundle,
     tiny_disk,
+    uefi_disk,
 )
 from imagekit.errors import (
     Cancelled,
@@ -35,7 +37,7 @@ from imagekit.errors import (
     UnsupportedFeature,
     UsageError,
 )
-from imagekit.launch import qemu_process, rehearsal, watch
+from imagekit.launch import ovmf, qemu_process, rehearsal, watch
 from imagekit.launch.rehearsal import CONSOLE_NAME, SCREEN_NAME, rehearse
 from imagekit.launch.result import BootResult, Evidence
 from imagekit.machine import FILE_NAME, Machine
@@ -438,12 +440,23 @@ class TestBadInput:
         with pytest.raises(CorruptImage, match=r"machine\.json says"):
             rehearse(tiny)
 
-    def test_generation_2_is_refused_before_anything_runs(self, tmp_path: Path) -> None:
+    def test_without_firmware_generation_2_is_not_started_and_the_error_says_what_to_install(
+        self, tmp_path: Path, qemu_img: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make_uefi_bundle(tmp_path / "b", uefi_disk(tmp_path / "u.raw"), qemu_img=qemu_img)
+        monkeypatch.setattr(ovmf, "_description_folders", lambda program: iter(()))
+        monkeypatch.setattr(ovmf, "_share_folders", lambda program: iter(()))
+        with pytest.raises(ToolError, match="no UEFI firmware") as caught:
+            rehearse(tmp_path / "b")
+        assert caught.value.hint is not None and "apt install ovmf" in caught.value.hint
+
+    def test_a_machine_that_qemu_cannot_stand_in_for_is_refused_before_anything_runs(self, tmp_path: Path) -> None:
         disk = {"path": "d.vhdx", "format": "vhdx", "kind": "disk", "controller": "scsi", "size": 1}
-        fields = {"uuid": "8f2a6d5c-9d3e-4a54-8d4e-0f9b8d1f1c11", "name": "d", "media": [disk]}
-        machine = Machine.parse({**fields, "generation": 2, "firmware": "uefi"})
+        media = [disk, {**disk, "path": "e.vhdx", "number": 1}]
+        fields = {"uuid": "8f2a6d5c-9d3e-4a54-8d4e-0f9b8d1f1c11", "name": "d", "media": media}
+        machine = Machine.parse({**fields, "generation": 2, "firmware": "uefi", "secure_boot": "windows"})
         (tmp_path / FILE_NAME).write_bytes(machine.dumps())
-        with pytest.raises(UnsupportedFeature, match="generation 2"):
+        with pytest.raises(UnsupportedFeature, match="SCSI 1:0"):
             rehearse(tmp_path)
 
     def test_a_missing_folder_for_the_records_is_refused(self, tiny: Path, tmp_path: Path) -> None:

@@ -40,7 +40,10 @@ GENERATION_2 = {
     "generation": 2,
     "firmware": "uefi",
     "secure_boot": "linux",
-    "media": [{"path": "web1.vhdx", "format": "vhdx", "kind": "disk", "controller": "scsi", "size": 512}],
+    "media": [
+        {"path": "web1.vhdx", "format": "vhdx", "kind": "disk", "controller": "scsi", "size": 512},
+        {**DVD, "controller": "scsi", "number": 0, "slot": 1},
+    ],
 }
 
 
@@ -184,6 +187,20 @@ def test_a_medium_never_lies_outside_the_bundle(path: str) -> None:
 def test_media_that_cannot_be_are_refused(media: object, complaint: str) -> None:
     with pytest.raises(InvalidSpec, match=complaint):
         Machine.parse(changed(FIELDS, "media", to=media))
+
+
+def test_generation_2_has_its_disk_and_its_config_drive_on_one_scsi_controller() -> None:
+    assert [medium.place for medium in Machine.parse(GENERATION_2).media] == ["SCSI 0:0", "SCSI 0:1"]
+    assert Machine.parse(changed(GENERATION_2, "media", 1, "slot", to=63)).media[1].place == "SCSI 0:63"
+    with pytest.raises(InvalidSpec, match="SCSI 0:64 does not exist"):
+        Machine.parse(changed(GENERATION_2, "media", 1, "slot", to=64))
+    with pytest.raises(InvalidSpec, match="no disk at SCSI 0:0"):
+        Machine.parse(changed(GENERATION_2, "media", 0, "slot", to=2))
+
+
+@pytest.mark.parametrize("secure_boot", ["off", "linux", "windows"])
+def test_generation_2_takes_any_template_and_none(secure_boot: str) -> None:
+    assert Machine.parse(changed(GENERATION_2, "secure_boot", to=secure_boot)).secure_boot == secure_boot
 
 
 def test_generation_2_takes_no_vhd_and_no_ide() -> None:

@@ -41,7 +41,15 @@ def plan_of(
     data: bytes, *, target: str = "vhd", options: WriterOptions = OPTIONS, size: int | None = None
 ) -> ConversionPlan:
     image = RawImage(MemoryFile(data), len(data))
-    return build_plan(image, source_format="raw", target_format=target, options=options, size=size)
+    virtual_size, notes = target_size(image.virtual_size, size)
+    return build_plan(
+        image,
+        source_format="raw",
+        target_format=target,
+        options=options,
+        virtual_size=virtual_size,
+        notes=notes,
+    )
 
 
 def blocks_of(data: bytes, block: int) -> list[int]:

@@ -46,7 +46,12 @@ def test_what_must_never_pass_unnoticed_refuses(code: str) -> None:
 
 def test_only_what_is_the_callers_own_risk_can_be_allowed() -> None:
     """References and contradictions cannot be: what they lead to is not the caller's to know."""
-    assert {code for code, rule in RULES.items() if rule.allowable} == {"in-use", "corrupt-bit"}
+    assert {code for code, rule in RULES.items() if rule.allowable} == {
+        "in-use",
+        "corrupt-bit",
+        "reference-format",
+        "external-qemu-img",
+    }
 
 
 # --- claims ----------------------------------------------------------------------------------------------------
@@ -152,7 +157,7 @@ def test_only_rules_that_can_be_allowed_can_be_asked_for() -> None:
     assert check_allowed(["in-use", "in-use"]) == frozenset({"in-use"})
     with pytest.raises(UsageError, match="'backing-file' cannot be allowed") as caught:
         check_allowed(["in-use", "backing-file"])
-    assert caught.value.hint == "rules that can be allowed: corrupt-bit, in-use"
+    assert caught.value.hint == "rules that can be allowed: corrupt-bit, external-qemu-img, in-use, reference-format"
     with pytest.raises(UsageError, match="'nonsense' is not a rule"):
         check_allowed(["nonsense"])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import struct
 import subprocess
 import sys
 import threading
@@ -28,10 +27,9 @@ from fixtures.qcow2_images import (
 )
 from imagekit.errors import CorruptImage, ImagekitError, InvalidImage, UnsupportedFeature
 from imagekit.formats import qcow2
-from imagekit.formats.base import Extent, Reference, round_up
+from imagekit.formats.base import Extent, round_up
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.qcow2 import FORMAT, Qcow2Image
-from imagekit.formats.raw import RawImage
 from tests.disks import assert_extents_agree, content, cut, noise, qcow2_recipes, read_or_error, text
 
 KiB = 1 << 10
@@ -340,66 +338,6 @@ for data in (make_qcow2.make(make_qcow2.Recipe(size=1 << 20)).data, make_vhd.dyn
     assert (done.stdout.split(), done.stderr) == (["qcow2", "False", "vhd", "False"], "")
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../base.raw", 'json:{"driver":"nbd"}', "nbd://host/x", "bäse"])
-def test_a_backing_file_is_named_and_never_opened(name: str) -> None:
-    image = image_of(make(Recipe(size=K64, backing=name, backing_format="raw")))
-    assert image.info().references == (Reference("backing-file", name, "raw"),)
-    with pytest.raises(UnsupportedFeature, match=r"needs its backing file .*, and nobody allowed to open it"):
-        list(image.extents())
-    with pytest.raises(UnsupportedFeature):
-        content(image)
-
-
-def test_a_backing_name_right_behind_the_header_is_not_taken_for_extensions() -> None:
-    """As QEMU wrote it before there were extensions; qemu-img reads such images, naming the backing file."""
-    made = bytearray(make(Recipe(size=K64, version=2)).data)
-    name = b"/srv/images/base.raw"
-    struct.pack_into(">QI", made, 8, 72, len(name))
-    made[72 : 72 + len(name)] = name
-    assert FORMAT.open(MemoryFile(made)).references == (Reference("backing-file", name.decode(), None),)
-
-
-def test_what_the_image_itself_holds_is_read_without_the_backing_file() -> None:
-    recipe = Recipe(size=2 * K64, clusters={0: Plain(noise(K64)), 1: Zero()}, backing="base")
-    assert content(image_of(make(recipe))) == recipe.content()
-
-
-@pytest.mark.parametrize("below", [K64 // 2, K64 + 700, 4 * K64], ids=["shorter", "a bit longer", "longer"])
-def test_a_backing_file_that_the_caller_opens_shows_through(below: int) -> None:
-    base = noise(below)
-    recipe = Recipe(size=3 * K64, clusters={1: Plain(text(K64))}, backing="base")
-    expected = bytearray(base.ljust(3 * K64, b"\0")[: 3 * K64])
-    expected[K64 : 2 * K64] = text(K64)
-    asked: list[Reference] = []
-
-    def resolver(reference: Reference) -> RawImage:
-        asked.append(reference)
-        return RawImage(MemoryFile(base), below)
-
-    image = FORMAT.open(MemoryFile(make(recipe).data), resolver=resolver)
-    assert content(image) == expected
-    extents = list(image.extents())
-    assert sum(one.length for one in extents) == 3 * K64
-    assert all(one.offset is None for one in extents if one.depth)
-    assert {one.depth for one in extents if one.data} == ({0, 1} if below else {0})
-    assert image.pread(K64 - 10, 20) == expected[K64 - 10 : K64 + 10]
-    assert asked == [Reference("backing-file", "base", None)]
-
-
-def test_closing_an_image_closes_what_it_was_read_with() -> None:
-    closed: list[str] = []
-
-    class Watched(MemoryFile):
-        def close(self) -> None:
-            closed.append(self.name)
-
-    made = make(Recipe(size=K64, backing="base"))
-    base = RawImage(Watched(bytes(K64), name="base"), K64)
-    with FORMAT.open(Watched(made.data, name="image"), resolver=lambda _: base) as image:
-        assert image.pread(0, 10) == bytes(10)
-    assert sorted(closed) == ["base", "image"]
-
-
 def test_an_image_cut_while_it_is_read_is_an_error() -> None:
     made = make(Recipe(size=2 * K64, clusters={0: Plain(noise(K64)), 1: Plain(noise(K64, 1))}))
     file = MemoryFile(made.data)
@@ -408,17 +346,6 @@ def test_an_image_cut_while_it_is_read_is_an_error() -> None:
     file.truncate(len(made.data) - 100)
     with pytest.raises(CorruptImage, match="guest bytes from 0x10000: 65536 expected, 65436 found"):
         image.pread(K64, K64)
-
-
-@pytest.mark.parametrize("flag", [True, False], ids=["with its feature bit", "without"])
-def test_an_external_data_file_is_named_and_refused(flag: bool) -> None:
-    made = make(Recipe(size=K64, data_file="/dev/sda"))
-    if not flag:
-        made = made.poked(72, 0)
-    image = image_of(made)
-    assert image.info().references == (Reference("data-file", "/dev/sda", "raw"),)
-    with pytest.raises(UnsupportedFeature, match="the guest's data is in another file"):
-        content(image)
 
 
 @pytest.mark.parametrize(("method", "name"), [(1, "AES"), (2, "LUKS"), (9, "method 9")])

@@ -9,7 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixtures.qcow2_images import COPIED, Cluster, Compressed, Plain, Qcow2, Recipe, Split, Zero, make, pack_refcounts
+from fixtures.qcow2_images import (
+    COMPRESSED,
+    COPIED,
+    Cluster,
+    Compressed,
+    Plain,
+    Qcow2,
+    Recipe,
+    Split,
+    Zero,
+    make,
+    pack_refcounts,
+)
 from imagekit.errors import UnsupportedFeature
 from imagekit.formats import qcow2_check
 from imagekit.formats.base import Problem
@@ -308,9 +320,27 @@ def test_what_the_backing_file_holds_is_not_asked() -> None:
 
 
 def test_data_in_another_file_is_not_looked_for_in_this_one() -> None:
-    made = make(Recipe(size=100 * C, cluster_bits=9, data_file="data", clusters={1: Zero()}))
+    made = make(Recipe(size=100 * C, cluster_bits=9, data_file="data", clusters={1: Zero(), 99: Plain(noise(C))}))
     assert codes(made) == []
-    assert codes(made.poked(made.l2_entry(1), 1 << 40 | COPIED)) == []
+    assert len(made.data) < 99 * C
+
+
+@pytest.mark.parametrize("extended", [False, True], ids=["", "extended"])
+@pytest.mark.parametrize(
+    ("entry", "code"),
+    [
+        (2 << 14, "copied-flag"),
+        (3 << 14 | COPIED, "contradiction"),
+        (2 << 14 | 512 | COPIED, "contradiction"),
+        (COMPRESSED | 1 << 14, "contradiction"),
+    ],
+    ids=["not copied", "elsewhere", "unaligned", "compressed"],
+)
+def test_an_entry_that_no_image_with_a_data_file_has_is_damage(entry: int, code: str, extended: bool) -> None:
+    clusters: dict[int, Cluster] = {0: Plain(noise(1 << 14)), 2: Plain(noise(1 << 14))}
+    made = make(Recipe(size=1 << 18, clusters=clusters, cluster_bits=14, data_file="data", extended_l2=extended))
+    assert codes(made) == []
+    assert codes(made.poked(made.l2_entry(2), entry)) == [code]
 
 
 def test_features_that_are_not_known_cannot_be_checked() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import imagekit.formats
-from fixtures import qcow2_images, vhd_images
+from fixtures import qcow2_images, vdi_images, vhd_images, vmdk_images
 from imagekit.conversion import convert_image
 from imagekit.errors import UnknownFormat, UnsupportedFeature
 from imagekit.formats import registry
@@ -28,7 +28,7 @@ def claims(data: bytes) -> list[str]:
 
 
 def test_the_formats_of_this_package_are_found_without_a_list_of_them() -> None:
-    assert {"raw", "qcow2", "vhd"} <= set(formats())
+    assert {"raw", "qcow2", "vhd", "vhdx"} <= set(formats())
     assert list(formats()) == sorted(formats())
 
 
@@ -46,6 +46,8 @@ def test_a_format_is_found_by_name_and_by_alias_in_any_case() -> None:
         ("a.vhd", "vhd"),
         ("A.VHD", "vhd"),
         ("x.y.qcow2", "qcow2"),
+        ("z.vhdx", "vhdx"),
+        ("snapshot.avhdx", "vhdx"),
         ("d.img", "raw"),
         ("dir.vhd/plain", None),
         ("", None),
@@ -71,9 +73,34 @@ def test_a_suffix_says_what_to_write(path: str, name: str | None) -> None:
         (b"", []),
         (b"Q", []),
         (b"conectix", ["vhd"]),
+        (b"vhdxfile", ["vhdx"]),
         (b"QFI\xfb", ["qcow2"]),
+        (vmdk_images.hosted(vmdk_images.Recipe(size=8192)).data, ["vmdk"]),
+        (b"COWD", ["vmdk"]),
+        (b"\xbe\xba\xfe\xca\0\0\0\0", ["vmdk"]),
+        (vmdk_images.descriptor("monolithicFlat", 'RW 8 FLAT "a" 0'), ["vmdk"]),
+        (vdi_images.make(vdi_images.Recipe(size=8192)).data, ["vdi"]),
+        (b"# Disk DescriptorFile\n".ljust(64, b"#") + b"\x7f\x10\xda\xbe", ["vdi", "vmdk"]),
     ],
-    ids=["qcow2", "dynamic", "fixed", "511", "zeros", "noise", "empty", "a byte", "a cookie", "a magic"],
+    ids=[
+        "qcow2",
+        "dynamic",
+        "fixed",
+        "511",
+        "zeros",
+        "noise",
+        "empty",
+        "a byte",
+        "a cookie",
+        "an identifier",
+        "a magic",
+        "vmdk",
+        "COWD",
+        "SESparse",
+        "vmdk text",
+        "vdi",
+        "vdi in a vmdk text",
+    ],
 )
 def test_every_format_is_asked_about_both_ends(data: bytes, expected: list[str]) -> None:
     assert claims(data) == expected
@@ -94,6 +121,7 @@ def test_a_file_that_is_two_things_has_two_answers() -> None:
     """The start says one format, the end another: the policy refuses it, nobody picks."""
     assert claims(QCOW2 + vhd_images.Footer(size=512, disk_type=2).bytes()) == ["qcow2", "vhd"]
     assert claims(vhd_images.fixed(b"vhdxfile" + bytes(504))) == ["vhd", "vhdx"]
+    assert claims(vhd_images.fixed(b"QED\0" + bytes(508))) == ["vhd", "qed"]
 
 
 @pytest.mark.parametrize("length", [*range(1, 140), 511, 512, 513, 1023, 1024, 4096])
@@ -187,7 +215,7 @@ class ToyFormat(DiskFormat):
     def probe(self, file):
         return "toy trailer" if file.pread(file.size - 8, 8) == TRAILER else None
 
-    def open(self, file, *, resolver=None):
+    def open(self, file, *, resolver=None, options=None):
         return ToyImage(file)
 
     def writer(self, virtual_size, options):

@@ -7,6 +7,7 @@ import itertools
 import random
 import struct
 import uuid
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from fixtures import vhd_images
 from imagekit.errors import CorruptImage, ImagekitError, InvalidImage, UnsupportedFeature
-from imagekit.formats.base import DiskImage, ImageWriter, Reference, WriterOptions
+from imagekit.formats.base import DiskImage, ImageWriter, OpenOptions, WriterOptions
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.vhd import FORMAT, VhdImage
 from imagekit.formats.vhd_header import MAX_SIZE, VHD_EPOCH, DynamicHeader, Footer
@@ -165,21 +166,81 @@ def test_info_says_what_the_footer_says() -> None:
         "creator-os": "Wi2k",
         "unique-id": "01234567-89ab-cdef-0123-456789abcdef",
         "geometry": "963/5/17",
+        "size-from": "current",
         "original-size": 40 * MiB,
         "current-size": 40 * MiB,
+        "chs-size": 963 * 5 * 17 * 512,
         "saved-state": True,
     }
 
 
-def test_a_differencing_disk_is_described_and_not_read() -> None:
-    """Read as a dynamic disk it would give zeros where the parent's data is."""
-    image = image_of(vhd_images.differencing(4 * MiB, "parent.vhd"))
-    assert image.info().subformat == "differencing"
-    assert image.info().references == (Reference("parent-file", "parent.vhd", "vhd"),)
-    for read in (lambda: list(image.extents()), lambda: content(image)):
-        with pytest.raises(UnsupportedFeature, match="most of its content is in its parent file"):
-            read()
-    assert {one.kind for one in image.ranges()} >= {"parent locator", "BAT", "footer copy", "footer"}
+@pytest.mark.parametrize(
+    ("creator", "wanted", "expected"),
+    [
+        (b"qemu", None, "chs"),
+        (b"qemu", "current", "current"),
+        (b"win ", None, "current"),
+        (b"win ", "chs", "chs"),
+        (b"vbox", "chs", "chs"),
+    ],
+)
+def test_the_caller_may_say_which_size_counts(
+    creator: bytes, wanted: Literal["current", "chs"] | None, expected: str
+) -> None:
+    footer = vhd_images.Footer(size=4 * MiB, original_size=3 * MiB, creator=creator, geometry=(120, 4, 17))
+    file = MemoryFile(vhd_images.dynamic(4 * MiB, {1: noise(2 * MiB)}, footer=footer))
+    image = FORMAT.open(file, options=OpenOptions(size_from=wanted))
+    sizes = {"current": 4 * MiB, "chs": 120 * 4 * 17 * 512, "original": 3 * MiB}
+    assert image.virtual_size == image.info().virtual_size == sizes[expected]
+    assert content(image) == (bytes(2 * MiB) + noise(2 * MiB))[: sizes[expected]]
+    features = image.info().features
+    assert features["size-from"] == expected
+    assert [features[f"{name}-size"] for name in ("original", "current", "chs")] == [
+        sizes[name] for name in ("original", "current", "chs")
+    ]
+
+
+def test_a_geometry_that_is_not_there_gives_no_size() -> None:
+    file = MemoryFile(vhd_images.dynamic(4 * MiB, {}, footer=vhd_images.Footer(size=4 * MiB)))
+    with pytest.raises(InvalidImage, match="the footer has none") as caught:
+        FORMAT.open(file, options=OpenOptions(size_from="chs"))
+    assert caught.value.hint == "leave out --size-from"
+
+
+@pytest.mark.parametrize("kind", ["fixed", "dynamic"])
+def test_a_geometry_larger_than_the_disk_is_bounded_as_any_size(kind: str) -> None:
+    """Whoever made it up: no byte is read that the table or the file does not have."""
+    footer = vhd_images.Footer(size=4 * MiB, geometry=(65535, 16, 63), disk_type=2 if kind == "fixed" else 3)
+    data = (
+        vhd_images.fixed(bytes(4 * MiB), footer)
+        if kind == "fixed"
+        else vhd_images.dynamic(4 * MiB, {}, footer=footer)
+    )
+    with pytest.raises((CorruptImage, InvalidImage), match=r"only 4194304 before|the BAT has 2 entries"):
+        FORMAT.open(MemoryFile(data), options=OpenOptions(size_from="chs"))
+
+
+def test_virtual_pcs_own_disk_has_the_size_its_guest_saw() -> None:
+    file = MemoryFile(sample("virtualpc-dynamic.vhd").read_bytes())
+    assert FORMAT.open(file).virtual_size == 136363130880
+    assert FORMAT.open(file, options=OpenOptions(size_from="current")).virtual_size == 136365211648
+
+
+@pytest.mark.parametrize(("app", "version"), [(b"wa\0\0", 0x00070000), (b"win ", 0x000A0000), (b"qem2", 0x00050003)])
+def test_a_disk_for_azure_is_whatever_wrote_it(app: bytes, version: int) -> None:
+    """Its footers all say Wi2k; which of its tools wrote it changes nothing."""
+    footer = vhd_images.Footer(
+        size=2 * MiB, disk_type=2, creator=app, creator_version=version, geometry=(65535, 16, 255)
+    )
+    image = image_of(vhd_images.fixed(noise(2 * MiB), footer))
+    assert content(image) == noise(2 * MiB)
+    assert image.info().features["creator-os"] == "Wi2k"
+    assert image.info().facts == ()
+
+
+def test_the_identity_is_what_children_know_the_disk_by() -> None:
+    image = image_of(vhd_images.fixed(noise(512), vhd_images.Footer(size=512, disk_type=2, unique_id=b"i" * 16)))
+    assert (image.identity, image.disk_id, image.sector_size) == (b"i" * 16, None, 512)
 
 
 # --- two footers -----------------------------------------------------------------------------------------------

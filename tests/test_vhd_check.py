@@ -47,7 +47,7 @@ def test_blocks_that_overlap_are_damage(step: int, *, overlapping: bool) -> None
     found = FORMAT.check(MemoryFile(bytes(data)))
     assert [problem.code for problem in found] == ["overlap"] * overlapping
     if overlapping:
-        assert "blocks 0 and 2 overlap" in found[0].message
+        assert "block 0 and block 2 overlap" in found[0].message
         assert found[0].offset in (1536, 1536 + 8)
 
 
@@ -99,6 +99,58 @@ def test_what_is_not_certain_is_left_alone() -> None:
 def test_a_contradiction_between_sizes_is_damage() -> None:
     footer = dataclasses.replace(FOOTER, original_size=8 * BLOCK)
     assert codes(vhd_images.dynamic(4 * BLOCK, {}, block_size=BLOCK, footer=footer)) == ["original-size-larger"]
+
+
+def test_all_that_lies_in_a_table_is_on_it() -> None:
+    """Not only what begins next."""
+    locators = [vhd_images.Locator(b"W2ru", b"p\0", 1600), vhd_images.Locator(b"W2ku", b"q\0", 1700)]
+    data = vhd_images.differencing(4 * BLOCK, "p.vhd", block_size=BLOCK, locators=locators, spare_entries=100)
+    assert [problem.message for problem in FORMAT.check(MemoryFile(data))] == [
+        "the BAT and the parent locator overlap at 0x640",
+        "the BAT and the parent locator overlap at 0x6a4",
+    ]
+
+
+@pytest.mark.parametrize("at", [512, 1024])
+def test_a_header_on_a_block_is_damage(at: int) -> None:
+    """The header may lie anywhere, so a block behind the table can still be on it."""
+    data = vhd_images.dynamic(BLOCK, {0: noise(BLOCK)}, block_size=BLOCK)
+    place = int.from_bytes(data[1536:1540], "big") * 512 + at
+    footer = dataclasses.replace(FOOTER, size=BLOCK, data_offset=place).bytes()
+    data = footer + data[512:place] + data[512:1536] + data[place + 1024 : -512] + footer
+    found = FORMAT.check(MemoryFile(data))
+    assert [problem.message for problem in found] == [f"block 0 and the dynamic header overlap at {place:#x}"]
+
+
+def test_a_last_block_that_ends_early_may_lie_under_the_footer() -> None:
+    """As old QEMU wrote it."""
+    data = vhd_images.dynamic(BLOCK - 1024, {0: noise(BLOCK)}, block_size=BLOCK)
+    assert codes(data[: -512 - 1024] + data[-512:]) == []
+
+
+@pytest.mark.parametrize("zeros", [512, 1024, 1 << 20])
+def test_a_footer_goes_back_to_where_it_was_when_there_are_only_zeros_now(zeros: int) -> None:
+    """So that what is put behind it later lies as it would have."""
+    whole = disk()
+    broken = whole[:-512] + bytes(zeros)
+    file = MemoryFile(broken)
+    changes.apply(FORMAT.repair(file), file)
+    assert file.data == whole
+
+
+def test_a_footer_goes_behind_more_zeros_than_are_worth_reading() -> None:
+    broken = disk()[:-512] + bytes(17 << 20)
+    file = MemoryFile(broken)
+    changes.apply(FORMAT.repair(file), file)
+    assert file.size == len(broken) + 512
+    assert FORMAT.check(file) == []
+
+
+def test_a_disk_that_does_not_open_gets_its_footer_all_the_same() -> None:
+    broken = bytearray(disk(tail=b""))
+    broken[1536:1540] = b"\xf0\0\0\0"
+    (write,) = [step for step in FORMAT.repair(MemoryFile(broken)) if isinstance(step, Write)]
+    assert write.offset == len(broken)
 
 
 def test_a_table_full_of_overlaps_gives_a_list_that_can_be_read() -> None:

@@ -126,12 +126,25 @@ def prepare(
     switch: Annotated[str | None, typer.Option("--switch", metavar="NAME", help="Virtual switch on Hyper-V.")] = None,
     vlan: Annotated[int | None, typer.Option("--vlan", metavar="ID", help="VLAN on that switch.")] = None,
     generation: Annotated[
-        str | None, typer.Option("--generation", metavar="auto|1", help="Hyper-V generation.")
+        str | None,
+        typer.Option(
+            "--generation",
+            metavar="auto|1|2",
+            help="Hyper-V generation; auto: 2 if the image has a UEFI boot loader.",
+        ),
     ] = None,
     secure_boot: Annotated[
-        str | None, typer.Option("--secure-boot", metavar="auto|off", help="Secure Boot, for generation 2.")
+        str | None,
+        typer.Option(
+            "--secure-boot",
+            metavar="auto|linux|windows|off",
+            help="Secure Boot template, for generation 2; auto: as the boot loader is signed.",
+        ),
     ] = None,
     size: Annotated[int | None, size_option("--size", help="Grow the disk to this size.")] = None,
+    fix_gpt: Annotated[
+        bool, typer.Option("--fix-gpt", help="Move the GPT's backup header to the last sector of a disk that grows.")
+    ] = False,
     format: Format = None,
     no_sync: NoSync = False,
     jobs: Jobs = None,
@@ -153,6 +166,7 @@ def prepare(
         spec=spec,
         machine=machine or None,
         size=size,
+        fix_gpt=fix_gpt,
         source_format=format,
         sync=not no_sync,
         jobs=jobs,
@@ -162,12 +176,14 @@ def prepare(
     )
     for note in (*bundle.report.notes, *bundle.warnings):
         ui.warn(note)
-    made, report = bundle.machine, bundle.report
+    made, report, choice = bundle.machine, bundle.report, bundle.choice
 
     def human() -> str:
         rows = {
             "bundle": bundle.path,
-            "machine": f"{made.name}, generation {made.generation} (the disk is a VHD), uuid {made.uuid}",
+            "machine": f"{made.name}, uuid {made.uuid}",
+            "generation": f"{made.generation} ({choice.generation_reason})",
+            "Secure Boot": f"{made.secure_boot} ({choice.secure_boot_reason})",
             "processors": made.cpus,
             "memory": show_size(made.memory),
             "disk": f"{made.media[0].path}, {show_size(report.virtual_size)}, verified: {report.verified}",

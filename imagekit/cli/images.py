@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from typing import Annotated, Any
-from uuid import UUID
 
 import typer
 
@@ -16,12 +15,16 @@ from imagekit.cli.options import (
     NoSync,
     Overwrite,
     allowed,
+    chain,
     command,
+    reading,
     size_option,
+    target,
 )
-from imagekit.cli.sizes import parse_size, short_size, show_size
+from imagekit.cli.sizes import short_size, show_size
 from imagekit.cli.ui import Ui, refuse_from_environment, table
-from imagekit.errors import CorruptImage, UnsupportedFeature, UsageError
+from imagekit.errors import CorruptImage, UsageError
+from imagekit.profiles import PROFILES
 from imagekit.report import Report
 from imagekit.workers import keep_freed_memory
 
@@ -29,13 +32,14 @@ app = typer.Typer()
 
 
 @app.command()
-@command()
-def info(ui: Ui, image: Image, format: Format = None) -> None:
+@command(reading=reading)
+def info(ui: Ui, image: Image, reading: dict[str, Any], format: Format = None) -> None:
     """Show format, sizes, features and safety findings.
 
-    Reads headers only, and works on images that convert refuses.
+    Reads headers only, and works on images that convert refuses. With --follow-references also looks for the files
+    that the image names, and judges them.
     """
-    found = api.info(image, format=format)
+    found = api.info(image, format=format, **reading)
     document = found.to_json()
 
     def human() -> str:
@@ -58,13 +62,13 @@ def info(ui: Ui, image: Image, format: Format = None) -> None:
 
 
 @app.command("map")
-@command(allow=allowed)
-def map_(ui: Ui, image: Image, allow: frozenset[str], format: Format = None) -> None:
+@command(allow=allowed, reading=reading)
+def map_(ui: Ui, image: Image, allow: frozenset[str], reading: dict[str, Any], format: Format = None) -> None:
     """List where the guest's data lies in the file.
 
     As JSON it is the array of qemu-img map.
     """
-    with api.open_image(image, format=format, allow=allow) as disk:
+    with api.open_image(image, format=format, allow=allow, **reading) as disk:
         extents = disk.extents()
         if ui.json:
             # Line by line: a large disk has millions of extents.
@@ -106,11 +110,13 @@ def check(
 
 
 @app.command()
-@command()
+@command(allow=allowed, chain=chain)
 def compare(
     ui: Ui,
     one: Annotated[str, typer.Argument(metavar="A", show_default=False)],
     other: Annotated[str, typer.Argument(metavar="B", show_default=False)],
+    allow: frozenset[str],
+    chain: dict[str, Any],
     format: Annotated[str | None, typer.Option("--format", "-f", metavar="FMT", help="Format of A.")] = None,
     other_format: Annotated[
         str | None, typer.Option("--other-format", "-F", metavar="FMT", help="Format of B.")
@@ -122,60 +128,79 @@ def compare(
 
     Formats do not matter; a longer disk whose tail is zero is the same, unless --strict.
     """
-    result = api.compare(one, other, formats=(format, other_format), strict=strict, jobs=jobs, progress=ui.callback())
+    result = api.compare(
+        one,
+        other,
+        formats=(format, other_format),
+        strict=strict,
+        jobs=jobs,
+        progress=ui.callback(),
+        allow=allow,
+        **chain,
+    )
     ui.result(result.to_json(), result.reason)
     if not result.same:
         raise typer.Exit(1)
 
 
-TargetFormat = Annotated[
-    str | None, typer.Option("--target-format", "-O", metavar="FMT", help="Format to write; default: by the name.")
-]
-Subformat = Annotated[
-    str | None, typer.Option("--subformat", metavar="dynamic|fixed", help="Kind of VHD; default: dynamic.")
-]
-QemuOptions = Annotated[
-    str | None, typer.Option("-o", metavar="KEY=VALUE,…", help="qemu-img's: subformat=, block_size=, force_size.")
+Size = Annotated[int | None, size_option("--size", help="Grow the disk to this size.")]
+Align = Annotated[int | None, size_option("--align", help="Round the disk's size up to a multiple, such as 1M.")]
+Profile = Annotated[
+    str | None, typer.Option("--for", metavar="PROFILE", help=f"Kind of host: {', '.join(PROFILES)}.")
 ]
 
 
 @app.command()
-@command()
+@command(allow=allowed, reading=reading, target=target)
 def measure(
     ui: Ui,
     source: Image,
-    target_format: TargetFormat = None,
+    allow: frozenset[str],
+    reading: dict[str, Any],
+    target: dict[str, Any],
     format: Format = None,
-    subformat: Subformat = None,
-    block_size: Annotated[int | None, size_option("--block-size", help="Bytes a block.")] = None,
-    size: Annotated[int | None, size_option("--size", help="Size of the disk, if larger than the source's.")] = None,
-    options: QemuOptions = None,
+    profile: Profile = None,
+    size: Size = None,
+    align: Align = None,
 ) -> None:
     """Tell the exact size that a converted file will have."""
-    if target_format is None:
+    target_format = target.pop("target_format")
+    if target_format is None and profile is None:
         raise UsageError("measure needs a target format", hint="add -O vhd")
-    asked = {"subformat": subformat, "block_size": block_size} | _qemu_options(options)
-    found = api.measure(source, target_format, source_format=format, size=size, progress=ui.callback(), **asked)
+    found = api.measure(
+        source,
+        target_format,
+        profile=profile,
+        source_format=format,
+        size=size,
+        align=align,
+        allow=allow,
+        progress=ui.callback(),
+        **reading,
+        **target,
+    )
     ui.result(found, lambda: f"required size: {found['required']}\nvirtual size: {found['virtual-size']}")
 
 
 @app.command()
-@command(allow=allowed)
+@command(allow=allowed, reading=reading, made=target)
 def convert(
     ui: Ui,
     source: Image,
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="The file to write.", show_default=False)],
     allow: frozenset[str],
+    reading: dict[str, Any],
+    made: dict[str, Any],
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="[TARGET]", help="The file to write; may be left out with --for.", show_default=False),
+    ] = None,
     format: Format = None,
-    target_format: TargetFormat = None,
-    subformat: Subformat = None,
-    block_size: Annotated[
-        int | None, size_option("--block-size", help="Bytes a block; VHD: 2M unless given.")
-    ] = None,
-    size: Annotated[int | None, size_option("--size", help="Grow the disk to this size.")] = None,
-    identifier: Annotated[
-        str | None, typer.Option("--id", metavar="UUID", help="The disk's id; random unless given.")
-    ] = None,
+    profile: Profile = None,
+    size: Size = None,
+    align: Align = None,
+    fix_gpt: Annotated[
+        bool, typer.Option("--fix-gpt", help="Move the GPT's backup header to the last sector of a disk that grows.")
+    ] = False,
     verify: Annotated[
         str,
         typer.Option(
@@ -187,25 +212,21 @@ def convert(
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
     jobs: Jobs = None,
-    options: QemuOptions = None,
     show: Annotated[bool, typer.Option("-p", hidden=True)] = False,
-    compress: Annotated[bool, typer.Option("-c", hidden=True)] = False,
 ) -> None:
-    """Convert qcow2, raw or VHD to VHD or raw."""
+    """Convert an image to VHD, VHDX, qcow2 or raw."""
     refuse_from_environment("IMAGEKIT_VERIFY", verify, "none")
-    if compress:
-        raise UnsupportedFeature("neither VHD nor raw can be compressed", hint="leave out -c")
     keep_freed_memory()
     if show:
         ui.progress = "bar" if ui.progress == "auto" else ui.progress
-    asked: dict[str, Any] = {"subformat": subformat, "block_size": block_size} | _qemu_options(options)
     report = api.convert(
         source,
         target,
+        profile=profile,
         source_format=format,
-        target_format=target_format,
         size=size,
-        identifier=_uuid(identifier),
+        align=align,
+        fix_gpt=fix_gpt,
         verify=verify,
         preallocate=preallocate,
         dry_run=dry_run,
@@ -214,8 +235,14 @@ def convert(
         jobs=jobs,
         allow=allow,
         progress=ui.callback(),
-        **asked,
+        **reading,
+        **made,
     )
+    show_report(ui, report)
+
+
+def show_report(ui: Ui, report: Report) -> None:
+    """Notes on stderr, the result on stdout."""
     for note in report.notes:
         ui.say(f"note: {note}")
     if ui.verbose:
@@ -235,30 +262,3 @@ def describe_report(report: Report) -> str:
         f"disk {show_size(report.virtual_size)}, file {short_size(report.target_size)}, "
         f"data {short_size(report.data_bytes)}{speed}, id {report.identifier}"
     )
-
-
-def _uuid(text: str | None) -> UUID | None:
-    if text is None:
-        return None
-    try:
-        return UUID(text)
-    except ValueError:
-        raise UsageError(f"{text!r} is not a UUID", hint="leave it out for a random one") from None
-
-
-def _qemu_options(text: str | None) -> dict[str, Any]:
-    """What qemu-img's -o says, in our words."""
-    found: dict[str, Any] = {}
-    for item in filter(None, (text or "").split(",")):
-        key, _, value = item.partition("=")
-        if key == "subformat":
-            found["subformat"] = value
-        elif key == "block_size":
-            found["block_size"] = parse_size(value)
-        elif key == "force_size" and value in ("", "on", "true"):
-            continue  # sizes are always exact here
-        else:
-            raise UnsupportedFeature(
-                f"-o {item} is not supported", hint="known: subformat=, block_size=, force_size=on"
-            )
-    return found

@@ -6,13 +6,18 @@ import functools
 import inspect
 from collections.abc import Callable
 from typing import Annotated, Any
+from uuid import UUID
 
 import typer
 
 from imagekit.cli.sizes import parse_size
 from imagekit.cli.ui import Ui
+from imagekit.errors import UnsupportedFeature, UsageError
+from imagekit.references import parse_parent_map
 
-Image = Annotated[str, typer.Argument(metavar="IMAGE", help="An image file: qcow2, raw, vhd.", show_default=False)]
+Image = Annotated[
+    str, typer.Argument(metavar="IMAGE", help="An image file: qcow2, raw, VHD, VHDX, VMDK, VDI.", show_default=False)
+]
 Format = Annotated[
     str | None,
     typer.Option(
@@ -49,6 +54,137 @@ def allowed(
 ) -> frozenset[str]:
     """The rules of the safety policy that a command line allows."""
     return frozenset([*(allow or []), *(["in-use"] if force_share else [])])
+
+
+FollowReferences = Annotated[
+    bool,
+    typer.Option("--follow-references", help="Read the files that the image names, where its origin is trusted."),
+]
+ParentMap = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--parent-map",
+        metavar="FROM=TO",
+        help=r"Where a folder of Windows is here: 'C:\VMs=/mnt/vms'.",
+        show_default=False,
+    ),
+]
+IgnoreParentId = Annotated[
+    bool, typer.Option("--ignore-parent-id", help="Take a parent that is not, or no longer, the one the child knows.")
+]
+SizeFrom = Annotated[
+    str | None, typer.Option("--size-from", metavar="current|chs", help="Which of a VHD's two sizes counts.")
+]
+
+
+def chain(
+    follow_references: FollowReferences = False,
+    parent_map: ParentMap = None,
+    ignore_parent_id: IgnoreParentId = False,
+) -> dict[str, Any]:
+    """What a command line says about the files that images refer to, as keywords of the library."""
+    return {
+        "follow_references": follow_references,
+        "parent_map": parse_parent_map(parent_map or []),
+        "ignore_parent_id": ignore_parent_id,
+    }
+
+
+def reading(
+    follow_references: FollowReferences = False,
+    parent_map: ParentMap = None,
+    ignore_parent_id: IgnoreParentId = False,
+    snapshot: Annotated[
+        str | None, typer.Option("--snapshot", metavar="NAME", help="Read this internal snapshot of a qcow2.")
+    ] = None,
+    size_from: SizeFrom = None,
+) -> dict[str, Any]:
+    """How a command line wants its source read, as keywords of the library."""
+    return {
+        **chain(follow_references, parent_map, ignore_parent_id),
+        "snapshot": snapshot,
+        "size_from": size_from,
+    }
+
+
+TargetFormat = Annotated[
+    str | None, typer.Option("--target-format", "-O", metavar="FMT", help="Format to write; default: by the name.")
+]
+
+
+def target(
+    target_format: TargetFormat = None,
+    subformat: Annotated[
+        str | None,
+        typer.Option(
+            "--subformat", metavar="dynamic|fixed|differencing", help="Kind of VHD or VHDX; default: dynamic."
+        ),
+    ] = None,
+    block_size: Annotated[
+        int | None, size_option("--block-size", help="Bytes a block, or a cluster; default: as the format's owner.")
+    ] = None,
+    sector_size: Annotated[
+        int | None, size_option("--sector-size", help="Logical sectors of a VHDX: 512 (default) or 4096.")
+    ] = None,
+    identifier: Annotated[
+        str | None, typer.Option("--id", metavar="UUID", help="The disk's id; random unless given.")
+    ] = None,
+    parent: Annotated[
+        str | None,
+        typer.Option("--parent", metavar="FILE", help="Write a differencing disk on this one.", show_default=False),
+    ] = None,
+    compress: Annotated[bool, typer.Option("-c", help="Compress a qcow2.")] = False,
+    options: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            metavar="KEY=VALUE,…",
+            help="qemu-img's: subformat=, block_size=, cluster_size=, compression_type=, force_size.",
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """What a command line says about the file to write, as keywords of the library."""
+    asked: dict[str, Any] = {
+        "target_format": target_format,
+        "subformat": subformat,
+        "block_size": block_size,
+        "sector_size": sector_size,
+        "identifier": _uuid(identifier),
+        "parent": parent,
+    }
+    given = _qemu_options(options)
+    kind = given.pop("compression", "zlib")
+    return asked | given | ({"compression": kind} if compress else {})
+
+
+def _uuid(text: str | None) -> UUID | None:
+    if text is None:
+        return None
+    try:
+        return UUID(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is not a UUID", hint="leave it out for a random one") from None
+
+
+def _qemu_options(text: str | None) -> dict[str, Any]:
+    """What qemu-img's -o says, in our words."""
+    found: dict[str, Any] = {}
+    for item in filter(None, (text or "").split(",")):
+        key, _, value = item.partition("=")
+        if key == "subformat":
+            found["subformat"] = value
+        elif key in ("block_size", "cluster_size"):
+            found["block_size"] = parse_size(value)
+        elif key == "compression_type" and value in ("zlib", "zstd"):
+            found["compression"] = value
+        elif key == "force_size" and value in ("", "on", "true"):
+            continue  # sizes are always exact here
+        else:
+            raise UnsupportedFeature(
+                f"-o {item} is not supported",
+                hint="known: subformat=, block_size=, cluster_size=, compression_type=, force_size=on",
+            )
+    return found
 
 
 _OUTPUT = Annotated[

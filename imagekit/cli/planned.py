@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 COMMANDS = frozenset(
-    ("batch", "cache", "create", "hyperv", "merge", "rebase", "resize", "upload"),
+    ("batch", "cache", "hyperv", "upload"),
 )
 OPTIONS: dict[str, frozenset[str]] = {
     "info": frozenset(("--deep", "--hyperv")),
-    "convert": frozenset(
-        (
-            "--for",
-            "--sector-size",
-            "--align",
-            "--fix-gpt",
-            "--size-from",
-            "--parent",
-            "--snapshot",
-            "--follow-references",
-            "--parent-map",
-            "--ignore-parent-id",
-            "--confined",
-        )
-    ),
+    "convert": frozenset(("--confined",)),
     "configdrive": frozenset(("--datasource", "--media", "--disk", "--check")),
     "prepare": frozenset(("--datasource", "--media", "--disk")),
     "boot": frozenset(("--rehearse", "--plan")),

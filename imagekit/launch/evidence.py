@@ -41,8 +41,11 @@ RULES: tuple[Rule, ...] = (
         r"^(?:ISO|SYS|EXT|PXE)LINUX \d",
         r"^LILO \d",
         r"systemd-boot",
-        r"^imagekit tiny guest: boot sector",
+        r"^imagekit tiny guest: (?:boot sector|EFI application)",
     ),
+    # Proof that Secure Boot was on, said on the way to the kernel or by the kernel.
+    *_rules("bootloader", r"^EFI stub: UEFI Secure Boot is enabled"),
+    *_rules("kernel", r"\bsecureboot: Secure boot enabled"),
     *_rules(
         "kernel",
         r"\bLinux version \d",
@@ -64,6 +67,9 @@ RULES: tuple[Rule, ...] = (
         "firmware",
         r"^No bootable device",
         r"^FATAL: No bootable medium",
+        r"^BdsDxe: failed to load Boot.*: (?:Access Denied|Security Violation)",  # Secure Boot, of the first loader
+        r"^BdsDxe: No bootable option or device was found",
+        r"^UEFI Interactive Shell",
         failure=True,
     ),
     *_rules(
@@ -74,6 +80,9 @@ RULES: tuple[Rule, ...] = (
         r"^Operating [Ss]ystem not found",
         r"^(?:NTLDR|BOOTMGR) is missing",
         r"^grub(?: rescue)?> *$",  # a prompt: nobody is there to type
+        # Secure Boot again: shim about the boot loader, the boot loader about the kernel.
+        r"Verification failed: \(0x1A\) Security Violation",
+        r"^error: (?:bad shim signature|.* has invalid signature)",
         r"^imagekit tiny guest: FAILED",
         failure=True,
     ),

@@ -1,11 +1,12 @@
 """The QEMU command line of a rehearsal, built from machine.json alone.
 
 A generation 1 machine becomes an i440FX PC: BIOS, disk on IDE 0:0, config drive as DVD on IDE 1:0, as
-Hyper-V lays it out. What QEMU cannot offer is replaced and said so (``stand_ins``): it has no Hyper-V
-network adapter. The firmware tables never claim Microsoft as the maker: Linux then expects Hyper-V's
-storage and ignores the IDE disk.
+Hyper-V lays it out. Generation 2 becomes a q35 with OVMF, Secure Boot where the machine has it, disk and
+DVD on SCSI 0:0 and 0:1. What QEMU cannot offer is replaced and said so (``stand_ins``): it has neither
+Hyper-V's network adapter nor its SCSI controller. The firmware tables never claim Microsoft as the maker:
+Linux then expects Hyper-V's storage and ignores the IDE disk.
 
-Pure: nothing is started or looked at here. Generation 2 is not rehearsed yet.
+Pure: nothing is started or looked at here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from imagekit.errors import UnsupportedFeature
+from imagekit.launch.ovmf import UefiFirmware
 from imagekit.machine import Machine, Medium, NicModel
 
 Accelerator = Literal["kvm", "tcg"]
@@ -26,6 +28,11 @@ NIC_DEVICES: dict[NicModel, str] = {
     "virtio": "virtio-net-pci",
     "e1000": "e1000",
 }
+
+# Cloud images have virtio in their initial RAM disk, and need not have AHCI: Debian's cloud kernel lacks it. Windows
+# has AHCI, and virtio only where somebody put it.
+SCSI_STAND_IN, WINDOWS_STAND_IN = "virtio-scsi-pci", "ich9-ahci"
+AHCI_PORTS = 6
 
 BLOCK_DRIVERS = {"vhd": "vpc", "vhdx": "vhdx", "iso": "raw"}
 """QEMU's names of our formats."""
@@ -41,32 +48,32 @@ def qemu_args(
     files: Sequence[Path],
     control: str,
     accelerator: Accelerator,
+    firmware: UefiFirmware | None = None,
     allow_network: bool = False,
     sandbox: bool = True,
 ) -> list[str]:
     """The command that starts ``machine``, stopped by nothing but QMP.
 
     ``files`` belong to ``machine.media`` in order: a qcow2 overlay for a disk, the file itself for a DVD.
-    ``control`` is the QEMU chardev that carries QMP. The serial port and the firmware's debug port go to
-    standard output. Raises UnsupportedFeature for a generation that cannot be rehearsed.
+    ``control`` is the QEMU chardev that carries QMP. ``firmware`` is for generation 2, with variables that
+    may be written to. The serial port and SeaBIOS' debug port go to standard output. Raises
+    UnsupportedFeature for a machine that cannot be rehearsed.
     """
     check_supported(machine)
     command = [program, "-name", "imagekit-rehearsal", "-nodefaults", "-no-user-config", "-display", "none"]
     command += SANDBOX if sandbox else ()
-    command += ["-machine", "pc", *_processor(machine, accelerator), "-m", f"{machine.memory >> 20}M"]
+    command += [*_board(firmware), *_processor(machine, accelerator), "-m", f"{machine.memory >> 20}M"]
     command += ["-rtc", "base=utc", "-uuid", str(machine.uuid), *_smbios(machine)]
     # A guest that stops stays, so that its screen can still be read; one that resets stops.
     command += ["-boot", "strict=on", "-no-reboot", "-no-shutdown", "-device", "VGA"]
     command += ["-chardev", f"{control},id=control", "-mon", "chardev=control,mode=control"]
     command += ["-chardev", "stdio,id=console,mux=on,signal=off"]
-    command += [
-        "-device",
-        "isa-serial,chardev=console",
-        "-device",
-        "isa-debugcon,iobase=0x402,chardev=console",
-    ]
+    command += ["-device", "isa-serial,chardev=console"]
+    if firmware is None:
+        command += ["-device", "isa-debugcon,iobase=0x402,chardev=console"]
+    command += _controllers(machine)
     for index, (medium, file) in enumerate(zip(machine.media, files, strict=True)):
-        command += _medium(medium, file, index)
+        command += _medium(medium, file, index, ahci=_on_ahci(machine))
     for index, nic in enumerate(machine.nics):
         command += ["-netdev", f"user,id=net{index}{'' if allow_network else ',restrict=on'}"]
         # No option ROM: it would offer a network boot that nobody asked for.
@@ -76,20 +83,63 @@ def qemu_args(
 
 def check_supported(machine: Machine) -> None:
     """Raise UnsupportedFeature for a machine that QEMU cannot stand in for."""
-    if machine.generation != 1:
-        raise UnsupportedFeature(
-            f"a generation {machine.generation} machine cannot be rehearsed yet",
-            hint="prepare it with --generation 1",
-        )
+    if not _on_ahci(machine):
+        return
+    for medium in machine.media:
+        if medium.number != 0 or medium.slot >= AHCI_PORTS:
+            raise UnsupportedFeature(
+                f"{medium.path} on {medium.place}: a machine for Windows is rehearsed with the first {AHCI_PORTS} "
+                "slots of SCSI 0 only",
+                hint="move it to one of those",
+            )
 
 
 def stand_ins(machine: Machine) -> list[str]:
     """What of ``machine`` the rehearsal replaces by something else, in words."""
-    return [
+    found = [
         f"network adapter {nic.mac}: {NIC_DEVICES[nic.model]} stands in for Hyper-V's"
         for nic in machine.nics
         if nic.model != "legacy"
     ]
+    if machine.generation == 2:
+        device = WINDOWS_STAND_IN if _on_ahci(machine) else SCSI_STAND_IN
+        found.append(f"SCSI controller: {device} stands in for Hyper-V's")
+    if machine.secure_boot != "off":
+        found.append(
+            f"Secure Boot: firmware with all of Microsoft's keys stands in for the template {machine.secure_boot!r}"
+        )
+    return found
+
+
+def _on_ahci(machine: Machine) -> bool:
+    return machine.secure_boot == "windows"
+
+
+def _board(firmware: UefiFirmware | None) -> list[str]:
+    if firmware is None:
+        return ["-machine", "pc"]
+    board = "q35,pflash0=firmware,pflash1=variables"
+    arguments = []
+    for node, flash in (("firmware", firmware.code), ("variables", firmware.variables)):
+        fields = {
+            "node-name": node,
+            "driver": flash.format,
+            "read-only": node == "firmware",
+            "file": {"driver": "file", "filename": str(flash.path)},
+        }
+        arguments += ["-blockdev", json.dumps(fields)]
+    if firmware.needs_smm:
+        board += ",smm=on"
+        arguments += ["-global", "driver=cfi.pflash01,property=secure,value=on"]
+    return ["-machine", board, *arguments]
+
+
+def _controllers(machine: Machine) -> list[str]:
+    """The controllers that are not on the board."""
+    if machine.generation == 1 or _on_ahci(machine):
+        return []
+    numbers = sorted({medium.number for medium in machine.media})
+    return [part for number in numbers for part in ("-device", f"{SCSI_STAND_IN},id=scsi{number}")]
 
 
 def _processor(machine: Machine, accelerator: Accelerator) -> list[str]:
@@ -109,7 +159,7 @@ def _smbios(machine: Machine) -> list[str]:
     return arguments
 
 
-def _medium(medium: Medium, file: Path, index: int) -> list[str]:
+def _medium(medium: Medium, file: Path, index: int, *, ahci: bool) -> list[str]:
     disk = medium.kind == "disk"
     node: dict[str, object] = {
         "node-name": f"medium{index}",
@@ -119,7 +169,13 @@ def _medium(medium: Medium, file: Path, index: int) -> list[str]:
     }
     if disk:
         node["cache"] = {"no-flush": True}  # the overlay is thrown away: no need to bring it safely to the disk
-    device = f"ide-{'hd' if disk else 'cd'},drive=medium{index},bus=ide.{medium.number},unit={medium.slot}"
+    kind = "hd" if disk else "cd"
+    if ahci:
+        device = f"ide-{kind},drive=medium{index},bus=ide.{medium.slot}"
+    elif medium.controller == "ide":
+        device = f"ide-{kind},drive=medium{index},bus=ide.{medium.number},unit={medium.slot}"
+    else:
+        device = f"scsi-{kind},drive=medium{index},bus=scsi{medium.number}.0,scsi-id=0,lun={medium.slot}"
     if disk and medium.number == medium.slot == 0:
         device += ",bootindex=1"
     # JSON, because a comma in a path would end an option of the short form.

@@ -5,6 +5,9 @@ where the system offers it and left for QEMU's own processor emulation (TCG) whe
 guest. What the machine printed and the last picture on its display are kept beside the bundle, or in
 ``out``.
 
+A generation 2 machine starts OVMF with a copy of its variables of its own, so that no key or boot entry
+outlives the run.
+
 That a guest boots here is necessary, not sufficient: on Hyper-V it meets other storage and network devices.
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -25,6 +29,7 @@ from typing import Literal
 
 from imagekit.errors import Cancelled, TargetError, ToolError, UsageError
 from imagekit.launch.evidence import DEFAULT_MARKER, Reader
+from imagekit.launch.ovmf import UefiFirmware, find_firmware
 from imagekit.launch.qemu_command import BLOCK_DRIVERS, Accelerator, check_supported, qemu_args, stand_ins
 from imagekit.launch.qemu_process import (
     Qemu,
@@ -70,9 +75,9 @@ def rehearse(
     as it is found.
 
     Raises InvalidSpec, SourceError or CorruptImage for the bundle, UnsupportedFeature for a machine that
-    QEMU cannot stand in for, ToolError when QEMU is missing or fails, TargetError for ``out`` or when the
-    disk for temporary files is full, Cancelled within 250 ms after ``cancel`` is set. A guest that does not
-    boot is a result, no error.
+    QEMU cannot stand in for, ToolError when QEMU or UEFI firmware is missing or fails, TargetError for
+    ``out`` or when the disk for temporary files is full, Cancelled within 250 ms after ``cancel`` is set. A
+    guest that does not boot is a result, no error.
     """
     if timeout <= 0:
         raise UsageError(f"a timeout of {timeout} seconds; it must be positive")
@@ -234,6 +239,9 @@ class _Rehearsal:
         self._began = time.monotonic()
         self._program = find_program("qemu-system-x86_64")
         self._image_program = find_program("qemu-img")
+        self._firmware: UefiFirmware | None = None
+        if machine.firmware == "uefi":
+            self._firmware = find_firmware(self._program, secure_boot=machine.secure_boot != "off")
         self.evidence: list[Evidence] = []
 
     def now(self) -> float:
@@ -275,6 +283,7 @@ class _Rehearsal:
 
     async def _attempt(self, accelerator: Accelerator, *, last: bool) -> _Run:
         files = await self._files(accelerator)
+        firmware = self._own_firmware(accelerator)
         watch = Watch(
             reader=Reader(marker=self._marker or DEFAULT_MARKER),
             started=self.now(),
@@ -291,6 +300,7 @@ class _Rehearsal:
                 files=files,
                 control=control,
                 accelerator=accelerator,
+                firmware=firmware,
                 allow_network=self._allow_network,
                 sandbox=self._sandbox,
             )
@@ -304,7 +314,7 @@ class _Rehearsal:
                 self._note(watch.console(data, self.now()))
 
             async with running(command, folder=self._scratch, on_console=on_console) as qemu:
-                start = [f"QEMU {qemu.version}, {accelerator}", *stand_ins(self._machine)]
+                start = [f"QEMU {qemu.version}, {accelerator}", *self._firmware_said(), *stand_ins(self._machine)]
                 self._note([Evidence(round(self.now(), 1), "started", "imagekit", line) for line in start])
                 ending, screen = await self._follow(qemu, watch)
         self._note(watch.finish(self.now()))
@@ -327,6 +337,18 @@ class _Rehearsal:
                 file = overlay
             files.append(file)
         return files
+
+    def _own_firmware(self, attempt: str) -> UefiFirmware | None:
+        """The firmware with variables that this attempt may write to."""
+        if self._firmware is None:
+            return None
+        own = self._scratch / f"variables-{attempt}.fd"
+        with _writing("the firmware's variables"):
+            shutil.copyfile(self._firmware.variables.path, own)
+        return self._firmware.with_variables(own)
+
+    def _firmware_said(self) -> list[str]:
+        return [] if self._firmware is None else [f"UEFI firmware: {self._firmware.code.path}"]
 
     async def _follow(self, qemu: Qemu, watch: Watch) -> tuple[Ending, Screen | None]:
         """Watch the machine until the run is over; also returns the last picture of its display."""

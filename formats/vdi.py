@@ -1,0 +1,268 @@
+"""VDI, VirtualBox' own disk format, for reading: dynamic and static disks.
+
+There is no specification; the layout is that of VirtualBox' VDICore.h, as its files and those of QEMU show it.
+
+    text, header      512 bytes in use
+    block map         one number a block of the disk: which block of the data area, or one of two values for none
+    data              blocks of 1 MiB, in the order in which they were first written
+
+Design notes
+- All integers are little-endian. The map is read in windows, each checked against the file as a whole.
+- A static disk has all its blocks, in order, but its map is as good as a dynamic one's, so nothing depends on it.
+- Bytes may be missing from the file past the disk's end, nowhere else.
+
+Not here: writing; undo and differencing disks (their parent, known by its id only, is reported; reading is refused).
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from imagekit.errors import CorruptImage, UnsupportedFeature
+from imagekit.formats.base import (
+    AS_IS,
+    JSON,
+    DiskFormat,
+    DiskImage,
+    Extent,
+    File,
+    ImageInfo,
+    OpenOptions,
+    Problem,
+    Range,
+    Reference,
+    Resolver,
+    clip,
+    merge_extents,
+    read_exactly,
+)
+from imagekit.formats.raw import read_flat
+from imagekit.formats.vdi_header import HEAD_BYTES, HEADER_OFFSET, SIGNATURE, SIGNATURE_OFFSET, SUBFORMATS, VdiHeader
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+FREE, ZERO = 0xFFFFFFFF, 0xFFFFFFFE
+"""Map entries of blocks that were never written, and that were discarded; both read as zero."""
+
+NOT_THERE, READS_AS_ZERO = -1, -2
+"""What the two are in a decoded map."""
+
+WINDOW = 1 << 14
+"""Map entries that are decoded together: 64 KiB of the file."""
+
+WINDOWS_KEPT = 64
+LISTED = 100
+"""Problems that are put into words."""
+
+
+class VdiImage(DiskImage):
+    def __init__(self, file: File) -> None:
+        self.file = file
+        self.header = VdiHeader.parse(file.pread(0, HEAD_BYTES))
+        self.header.validate(file.size)
+        self.virtual_size = self.header.virtual_size
+        self._size = file.size
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
+
+    def info(self) -> ImageInfo:
+        header = self.header
+        features: dict[str, JSON] = {
+            "creator": header.text.decode("ascii", "replace").strip("<>\n "),
+            "uuid": str(uuid.UUID(bytes_le=header.create_id)),
+            "modification-uuid": str(uuid.UUID(bytes_le=header.modify_id)),
+            "image-flags": header.flags,
+            "blocks-allocated": header.blocks_allocated,
+        }
+        references = () if header.parent is None else (Reference("parent-file", header.parent, "vdi"),)
+        return ImageInfo(
+            format="vdi",
+            virtual_size=self.virtual_size,
+            subformat=SUBFORMATS[header.image_type],
+            block_size=header.block_size,
+            features=features,
+            references=references,
+        )
+
+    def _check_readable(self) -> None:
+        if self.header.parent is not None:
+            raise UnsupportedFeature(
+                f"what this disk does not hold is in its parent {self.header.parent!r}, which imagekit does not read",
+                hint="clone the disk where it comes from (VBoxManage clonemedium), which makes it one file",
+                path=self.file.name,
+                offset=76,
+            )
+
+    # --- the block map ---------------------------------------------------------------------------------------
+
+    def window(self, number: int) -> NDArray[np.int64]:
+        """File offsets of the blocks from ``number * WINDOW`` on, or one of the two negative values."""
+        with self._lock:
+            found = self._cache.get(number)
+            if found is not None:
+                self._cache.move_to_end(number)
+                return found
+        found = self._read_window(number)
+        with self._lock:
+            self._cache[number] = found
+            while len(self._cache) > WINDOWS_KEPT:
+                self._cache.popitem(last=False)
+        return found
+
+    def entries(self, number: int, end: int) -> NDArray[np.int64]:
+        """The map's entries from ``number * WINDOW`` on, before ``end``, as stored."""
+        import numpy as np
+
+        first = number * WINDOW
+        count = min(WINDOW, end - first)
+        raw = read_exactly(self.file, self.header.map_offset + first * 4, count * 4, "the block map")
+        return np.frombuffer(raw, "<u4").astype(np.int64)
+
+    def _read_window(self, number: int) -> NDArray[np.int64]:
+        import numpy as np
+
+        header, first = self.header, number * WINDOW
+        entries = self.entries(number, header.blocks_needed)
+        seen = np.full(len(entries), header.block_size, dtype=np.int64)
+        if first + len(entries) == header.blocks_needed:
+            seen[-1] = self.virtual_size - (header.blocks_needed - 1) * header.block_size
+        offsets = header.data_offset + entries * header.block_size
+        used = entries < ZERO
+        wrong = np.flatnonzero(used & (offsets + seen > self._size))
+        if len(wrong):
+            index = int(wrong[0])
+            at = int(offsets[index])
+            raise CorruptImage(
+                f"block {first + index} should lie at {at:#x}..{at + int(seen[index]):#x}, but the file ends at "
+                f"{self._size:#x}",
+                hint="the file looks damaged or truncated; fetch it again and compare its checksum",
+                path=self.file.name,
+                offset=header.map_offset + (first + index) * 4,
+            )
+        return np.where(used, offsets, np.where(entries == FREE, NOT_THERE, READS_AS_ZERO))
+
+    # --- the guest's view ------------------------------------------------------------------------------------
+
+    def _runs(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(start, length, file offset or a negative value) that cover exactly the range."""
+        import numpy as np
+
+        size = self.header.block_size
+        while start < end:
+            number, inside = divmod(start // size, WINDOW)
+            base = number * WINDOW * size
+            part = self.window(number)[inside : -(-(end - base) // size)]
+            follows = (part[1:] == part[:-1]) & (part[1:] < 0) | (part[:-1] >= 0) & (part[1:] == part[:-1] + size)
+            edges = np.concatenate(([0], np.flatnonzero(~follows) + 1, [len(part)])).tolist()
+            for one, other in pairwise(edges):
+                stop = min(end, base + (inside + other) * size)
+                place = int(part[one])
+                yield start, stop - start, place if place < 0 else place + start - base - (inside + one) * size
+                start = stop
+
+    def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extent]:
+        self._check_readable()
+        return merge_extents(self._extents(*clip(start, length, self.virtual_size)))
+
+    def _extents(self, start: int, end: int) -> Iterator[Extent]:
+        for begin, length, place in self._runs(start, end):
+            if place < 0:
+                yield Extent(begin, length, data=False, zero=True, present=place == READS_AS_ZERO)
+            else:
+                yield Extent(begin, length, data=True, zero=False, offset=place)
+
+    def pread_into(self, offset: int, buffer: memoryview) -> None:
+        self._check_readable()
+        for begin, length, place in self._runs(offset, offset + len(buffer)):
+            part = buffer[begin - offset : begin - offset + length]
+            if place < 0:
+                part[:] = bytes(length)
+            else:
+                read_flat(self.file, place, part)
+
+    def ranges(self) -> Iterator[Range]:
+        header = self.header
+        yield Range(0, HEADER_OFFSET + header.header_size, "header")
+        yield Range(header.map_offset, header.blocks * 4, "block map")
+        for _, length, place in self._runs(0, self.virtual_size):
+            if place >= 0:
+                yield Range(place, length, "data")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class _Taken:
+    """Which blocks of the data area some map entry leads to already: a bit each, so at most 128 MiB."""
+
+    def __init__(self, blocks: int) -> None:
+        import numpy as np
+
+        self.blocks = blocks
+        self._bits = np.zeros(blocks // 8 + 1, dtype=np.uint8)
+
+    def again(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Take these; which of them were taken before, here or in an earlier call."""
+        import numpy as np
+
+        places, bits = slots >> 3, (1 << (slots & 7)).astype(np.uint8)
+        again = np.ones(len(slots), dtype=np.bool_)
+        again[np.unique(slots, return_index=True)[1]] = False
+        again |= (self._bits[places] & bits) != 0
+        np.bitwise_or.at(self._bits, places, bits)
+        return again
+
+
+def check(image: VdiImage) -> list[Problem]:
+    """Everything wrong with the structure: blocks that two map entries lead to, and a wrong number of blocks."""
+    import numpy as np
+
+    header, problems, total = image.header, list[Problem](), 0
+    room = max(0, -(-(image.file.size - header.data_offset) // header.block_size))
+    taken = _Taken(min(room, header.blocks))
+
+    def report(code: str, blocks: NDArray[np.int64], what: str) -> None:
+        for block in blocks[: LISTED - len(problems)].tolist():
+            problems.append(Problem(code, f"block {block} {what}", header.map_offset + block * 4))
+
+    for number in range(-(-header.blocks // WINDOW)):
+        if number * WINDOW < header.blocks_needed:
+            image.window(number)  # its errors are what is found
+        entries = image.entries(number, header.blocks)
+        blocks = np.flatnonzero(entries < ZERO)
+        slots, blocks = entries[blocks], blocks + number * WINDOW
+        total += len(slots)
+        inside = slots < taken.blocks
+        report("outside", blocks[~inside], f"lies behind the {taken.blocks} blocks that the data can have")
+        report("overlap", blocks[inside][taken.again(slots[inside])], "lies where another one lies")
+        if len(problems) >= LISTED:
+            return [*problems, Problem("more", "and perhaps more blocks")]
+    if total != header.blocks_allocated:
+        what = f"the header counts {header.blocks_allocated} blocks, the block map {total}"
+        problems.append(Problem("block-count", what, 388))
+    return problems
+
+
+class VdiFormat(DiskFormat):
+    name = "vdi"
+    suffixes = (".vdi",)
+
+    def probe(self, file: File) -> str | None:
+        found = file.pread(SIGNATURE_OFFSET, 4) == SIGNATURE.to_bytes(4, "little")
+        return f"VDI signature at {SIGNATURE_OFFSET:#x}" if found else None
+
+    def open(self, file: File, *, resolver: Resolver | None = None, options: OpenOptions = AS_IS) -> VdiImage:
+        return VdiImage(file)
+
+    def check(self, file: File) -> list[Problem]:
+        return check(self.open(file))
+
+
+FORMAT = VdiFormat()
