@@ -127,7 +127,7 @@ class Descriptor:
     @classmethod
     def embedded(cls, data: bytes, *, offset: int) -> Descriptor | None:
         """From the place kept for it inside a sparse file; None where it is empty, as in a part of a larger disk."""
-        return cls.parse(data, offset=offset) if any(data) else None
+        return cls.parse(data, offset=offset) if data.count(0) != len(data) else None
 
     @property
     def size(self) -> int:

@@ -11,7 +11,7 @@ Design notes
   against the tables: QEMU's are known before the grains, the others' come behind theirs. A grain that no table has,
   or that is missing where a table has it, is damage, found at the latest when the stream ends.
 - What was read cannot be taken back: a caller publishes nothing before the iteration has ended without an error.
-- Memory is bounded: tables wait only for their grains, and for at most `MAX_WAITING` bytes in all.
+- Memory is bounded: tables wait only for their grains, and no more of them than `MAX_WAITING` allows.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class GrainStream:
             raise CorruptImage("a damaged end-of-stream marker")
         while rest := self._input.upto(MAX_SPARE):
             # QEMU makes room for the next grain, and leaves it behind when there is none.
-            if any(rest) or not self._tables.may_just_end:
+            if rest.count(0) != len(rest) or not self._tables.may_just_end:
                 raise CorruptImage("there is more behind the end-of-stream marker")
 
 
@@ -291,6 +291,8 @@ class _TablesFirst:
                 "the grain tables lie behind the data, their directory before it", hint="save it to a file first"
             )
         used = np.flatnonzero(places).tolist()
+        if len(used) * layout.table_bytes > len(front):
+            raise CorruptImage(f"{len(used)} grain tables in {len(front)} bytes: they overlap")
         tables = ((number, np.frombuffer(front, "<u4", layout.per_table, int(places[number]))) for number in used)
         return {number: entries for number, entries in tables if entries.any()}
 

@@ -23,7 +23,7 @@ from fixtures.qcow2_images import (
     pack_refcounts,
 )
 from imagekit import changes
-from imagekit.errors import UnsupportedFeature
+from imagekit.errors import ImagekitError, UnsupportedFeature
 from imagekit.formats import qcow2_check
 from imagekit.formats.base import Barrier, Change, Write
 from imagekit.formats.files import MemoryFile
@@ -293,3 +293,31 @@ def test_data_in_another_file_is_not_counted() -> None:
     sound = make(Recipe(size=9 * C, clusters={1: Plain(noise(C)), 3: Zero()}, cluster_bits=9, data_file="data"))
     assert repair(sound) == []
     assert repaired(counted(sound, 2, 7)).data == sound.data
+
+
+@given(st.data())
+@settings(max_examples=150)
+def test_any_damage_is_mended_or_left_or_a_typed_error_and_never_changes_the_disk(data: st.DataObject) -> None:
+    broken = bytearray(SOUND.data)
+    places = [0, SOUND.l1, SOUND.l2[0], SOUND.l2[1], SOUND.refcount_table, SOUND.refcount_blocks[0]]
+    for _ in range(data.draw(st.integers(1, 3))):
+        broken[data.draw(st.sampled_from(places)) + data.draw(st.integers(0, 127))] ^= 1 << data.draw(
+            st.integers(0, 7)
+        )
+    file = MemoryFile(broken)
+
+    def seen() -> bytes | type[ImagekitError]:
+        try:
+            image = FORMAT.open(file)
+            return content(image) if image.virtual_size < 1 << 24 else b""
+        except ImagekitError as error:
+            return type(error)
+
+    before = seen()
+    try:
+        found = len(FORMAT.check(file))
+        changes.apply(FORMAT.repair(file), file)
+    except ImagekitError:
+        return
+    assert len(FORMAT.check(file)) <= found
+    assert seen() == before

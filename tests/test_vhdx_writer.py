@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import struct
 import time
 import tracemalloc
@@ -106,7 +107,7 @@ def test_entries_of_large_disks_are_where_the_generator_has_them() -> None:
         for number in numbers:
             layout.place(number)
         recipe = as_generated(size, options(sector_size=sector), dict.fromkeys(numbers, b""), block)
-        bat = {}
+        bat: dict[int, int] = {}
         for offset, data in layout.metadata():
             if offset >= 3 * MiB:
                 entries = struct.iter_unpack("<Q", data)
@@ -235,7 +236,7 @@ def _guids(header: object) -> tuple[object, object]:
         (10 * GiB, 512, "fixed", 1),
         (2 * TiB - GiB, 512, "dynamic", 1),
         (2 * TiB, 512, "dynamic", 2),
-        (4 * TiB - GiB, 512, "fixed", 2),
+        (4 * TiB - 4 * GiB, 512, "fixed", 2),
         (4 * TiB, 512, "dynamic", 8),
         (16 * TiB, 512, "dynamic", 32),
         (64 * TiB, 512, "dynamic", 32),
@@ -260,12 +261,9 @@ def test_64_tib_take_little_memory(kind: str, block: int) -> None:
         started = time.perf_counter()
         writer = make_writer(64 * TiB, options(kind, block_size=block))
         layout = writer.layout(((5, 2), (64 * TiB // block - 1, 1)))
-        pieces = 0
-        for _, data in layout.metadata():
+        # A fixed disk has an entry a block: behind the first windows there is more of the same.
+        for _, data in itertools.islice(layout.metadata(), 50):
             assert len(data) <= MiB
-            pieces += 1
-            if pieces > 50:  # a fixed disk has an entry a block: the rest is more of the same
-                break
         assert layout.file_size > 64 * TiB if kind == "fixed" else layout.file_size < 1 * GiB
         assert time.perf_counter() - started < 2
         assert tracemalloc.get_traced_memory()[1] < 16 * MiB
@@ -287,8 +285,8 @@ def test_an_empty_disk_of_64_tib_is_read_as_one() -> None:
 @pytest.mark.parametrize(
     ("size", "chosen", "message"),
     [
-        (64 * TiB + 512, lambda: options(), r"a VHDX holds from one sector to 64 TiB"),
-        (0, lambda: options(), r"a VHDX holds from one sector to 64 TiB"),
+        (64 * TiB + 512, options, r"a VHDX holds from one sector to 64 TiB"),
+        (0, options, r"a VHDX holds from one sector to 64 TiB"),
         (4096 + 512, lambda: options(sector_size=4096), r"4608 bytes are not a multiple of the sector size 4096"),
         (MiB, lambda: options(sector_size=2048), r"logical sectors of 2048 bytes"),
         (MiB, lambda: options(block_size=3 * MiB), r"block size 3145728: a power of two from 1 MiB to 256 MiB"),

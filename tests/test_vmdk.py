@@ -285,6 +285,16 @@ def test_a_table_that_only_the_redundant_directory_has_counts_as_well() -> None:
         list(sparse(poked.data).extents())
 
 
+def test_what_info_does_not_get_to_is_compared_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imagekit.formats.vmdk_sparse.COMPARE_BYTES", 1)
+    made = hosted(small(100_000 * 512, {99_999: noise(512)}))
+    poked = made.poked(made.entry(99_998, redundant=True), made.number(made.entry(99_999)))
+    assert facts(poked.data) == []
+    assert sparse(poked.data).pread(0, 512) == bytes(512)
+    with pytest.raises(CorruptImage, match="leads to something else for grain 99998"):
+        content(sparse(poked.data))
+
+
 def test_a_redundant_directory_without_its_flag_is_nothing() -> None:
     made = hosted(RECIPE)
     poked = made.poked(made.entry(0, redundant=True), 9).poked(8, 1)

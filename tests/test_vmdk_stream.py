@@ -198,6 +198,16 @@ def test_tables_that_differ_are_noticed() -> None:
         assembled(other.data)
 
 
+def test_directory_entries_cannot_multiply_a_table() -> None:
+    """Ten thousand entries for one table would keep ten thousand copies of it."""
+    recipe = Recipe(size=10_000 * 512 * 512, grains={0: noise(512)}, grain_sectors=1, redundant=False)
+    made = qemu_stream(dataclasses.replace(recipe, all_tables=False))
+    first = made.data[made.directory : made.directory + 4]
+    data = made.data[: made.directory] + first * 10_000 + made.data[made.directory + 40_000 :]
+    with pytest.raises(CorruptImage, match=r"10000 grain tables in .* bytes: they overlap"):
+        assembled(data)
+
+
 def test_a_footer_for_another_disk_is_noticed() -> None:
     made = stream(RECIPE, footer=dataclasses.replace(RECIPE, size=8 * GRAIN))
     with pytest.raises(CorruptImage, match="the footer describes another disk"):
