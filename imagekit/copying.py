@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from imagekit.formats import registry
-from imagekit.formats.base import Buffer, DiskImage, EncodedLayout, Extent, File, Layout
+from imagekit.formats.base import AS_IS, Buffer, DiskImage, EncodedLayout, Extent, File, Layout, OpenOptions
 from imagekit.formats.files import kernel_copy
 from imagekit.plan import CHUNK, Chunk, ConversionPlan, chunks, data_parts, whole_blocks
 from imagekit.progress import SILENT, Control
@@ -55,10 +55,19 @@ class _Counter:
 
 
 def run(
-    plan: ConversionPlan, source: File, target: File, *, jobs: int | None = None, control: Control = SILENT
+    plan: ConversionPlan,
+    source: File,
+    target: File,
+    *,
+    view: OpenOptions = AS_IS,
+    jobs: int | None = None,
+    control: Control = SILENT,
 ) -> CopyResult:
-    """Copy the plan's blocks and write the target's metadata. The target is empty and becomes complete."""
-    image = registry.find(plan.source_format).open(source)
+    """Copy the plan's blocks and write the target's metadata. The target is empty and becomes complete.
+
+    ``view`` is how the source was opened when the plan was made.
+    """
+    image = registry.find(plan.source_format).open(source, options=view)
     return copy_image(plan, image, source, target, jobs=jobs, control=control)
 
 

@@ -20,7 +20,7 @@ from fixtures.qcow2_images import Cluster, Compressed, Plain, Recipe, Zero, make
 from imagekit import copying
 from imagekit.errors import Cancelled, CorruptImage, TargetError
 from imagekit.formats import registry
-from imagekit.formats.base import Buffer, DiskImage, File, WriterOptions
+from imagekit.formats.base import Buffer, DiskImage, File, OpenOptions, WriterOptions
 from imagekit.formats.files import LocalFile, MemoryFile
 from imagekit.formats.qcow2_writer import PackedLayout
 from imagekit.formats.raw import RawImage
@@ -441,6 +441,15 @@ def test_a_plan_and_two_open_files_are_all_that_is_needed() -> None:
     copying.run(plan, source, target)
     assert content(registry.find("vhd").open(target)) == disk
     assert target.data == convert(source, "qcow2", "vhd").data
+
+
+def test_a_plan_for_a_snapshot_is_carried_out_with_that_snapshot() -> None:
+    then = qcow2_images.Snapshot("1", "then", {0: Plain(text(64 * KiB))})
+    recipe = Recipe(size=128 * KiB, clusters={1: Plain(noise(64 * KiB))}, snapshots=(then,))
+    source, view = MemoryFile(make(recipe).data), OpenOptions(snapshot="then")
+    plan, target = plan_for(registry.find("qcow2").open(source, options=view), "qcow2"), MemoryFile()
+    copying.run(plan, source, target, view=view)
+    assert content(registry.find("vhd").open(target)) == recipe.content(then)
 
 
 def test_metadata_comes_after_the_blocks() -> None:
