@@ -154,12 +154,15 @@ def writer_options(options: ConvertOptions, parent: ParentLink | None = None) ->
 def _with_gpt(image: DiskImage, size: int, *, fix: bool) -> tuple[DiskImage, tuple[str, ...]]:
     """The disk with its GPT's backup header in the last sector, or what to say where it is elsewhere."""
     found = gpt.find(image)
-    if found is None or gpt.backup_is_last(found, size):
+    if found is None:
         return image, ()
+    notes = tuple(f"{problem.message} [{problem.code}]" for problem in found.problems)
+    if gpt.backup_is_last(found, size):
+        return image, notes
     if not fix:
-        return image, ("the GPT's backup header is not in the last sector; --fix-gpt moves it there",)
+        return image, (*notes, "the GPT's backup header is not in the last sector; --fix-gpt moves it there")
     patched = PatchedImage(image, gpt.moved_backup(image, size), size)
-    return patched, ("the GPT's backup header was moved to the last sector",)
+    return patched, (*notes, "the GPT's backup header was moved to the last sector")
 
 
 def _disk_size(image: DiskImage, options: ConvertOptions) -> tuple[int, tuple[str, ...]]:

@@ -19,7 +19,7 @@ INTERVAL = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands: ``done`` of ``total`` bytes of a phase (plan, copy, verify, sync, hash)."""
+    """Where a run stands: ``done`` of ``total`` bytes of a phase (unpack, plan, copy, verify, sync, hash, …)."""
 
     phase: str
     done: int

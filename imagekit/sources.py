@@ -133,7 +133,7 @@ def _through_qemu_img(file: LocalFile, name: str, reading: Reading, control: Con
     ]
     # Running qemu-img is not something to report and do all the same: it needs leave, also for a look.
     policy.enforce(findings, allow=reading.allow or frozenset(), path=file.name)
-    raw = qemu_img.open_external(file.name, name, folder=reading.scratch, control=control)
+    raw = qemu_img.open_external(file, name, folder=reading.scratch, control=control)
     try:
         image = registry.find("raw").open(raw)
     except BaseException:

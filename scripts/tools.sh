@@ -20,13 +20,17 @@ bsdtar                                  libarchive-tools
 mdir                                    mtools
 mkfs.vfat                               dosfstools
 blkid                                   util-linux
+sfdisk                                  fdisk
+zip                                     zip
+xz                                      xz-utils
+bzip2                                   bzip2
+zstd                                    zstd
 /usr/lib/python3/dist-packages/pyvhdi*  python3-libvhdi
 "
 all="$test
 mmdebstrap                              mmdebstrap
 mkfs.ext4                               e2fsprogs
 mkfs.xfs                                xfsprogs
-sfdisk                                  fdisk
 losetup                                 mount
 strace                                  strace
 "

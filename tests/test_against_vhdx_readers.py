@@ -1,25 +1,27 @@
 """Against the readers of others: what imagekit writes or changes, and what its tests are made of, is read alike.
 
-Each reader is asked only about what it gets right: qemu-img knows neither parents nor sectors of 4096 bytes and
-replays a log only into the file, libvhdi and dissect replay none, libvhdi takes a child's zeros for its parent's
-data, and 7-Zip refuses disks of an odd number of sectors. 7-Zip looks for a parent in its child's folder.
+Each reader is asked only about what it gets right: qemu-img knows neither parents nor sectors of 4096 bytes, replays
+a log only into the file, and not one whose entries have several sectors of descriptors or whose sequence goes on
+behind the ring's end; libvhdi and dissect replay none; libvhdi takes a child's zeros for its parent's data, and the
+start of the file for a sector bitmap that is not there; 7-Zip refuses disks of an odd number of sectors. 7-Zip looks
+for a parent in its child's folder.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import random
 import subprocess
 import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fixtures import vhdx_images as made
 from fixtures.vhdx_images import PARTIAL, UNMAPPED, ZERO, Block, Recipe
-from fixtures.vhdx_logs import Entry, Run, Zeros, rewrite, with_log
+from fixtures.vhdx_logs import Descriptor, Entry, Run, Zeros, rewrite, with_log
 from imagekit import changes
 from imagekit.formats.base import Change, ParentLink, WriterOptions
 from imagekit.formats.files import LocalFile, MemoryFile
@@ -68,7 +70,7 @@ def readers(recipe: Recipe) -> Iterable[Callable[[Path], str]]:
     yield dissect
     if recipe.sector == 512:
         yield qemu
-    if recipe.size // 512 % 2 == 0:
+    if recipe.size // recipe.sector % 2 == 0:
         yield seven_zip_md5
 
 
@@ -116,7 +118,7 @@ def test_blocks_behind_a_sector_bitmap_entry_are_found(tmp_path: Path) -> None:
         shown = subprocess.run(
             [need_tool("qemu-io"), *command[1:]], capture_output=True, text=True, check=True
         ).stdout
-        lines = [line[10:].split("  ")[0] for line in shown.splitlines() if line[8:10] == ": "]
+        lines = [line.split(":  ")[1].split("  ")[0] for line in shown.splitlines() if ":  " in line]
         assert bytes.fromhex("".join(lines)) == noise(512, number)
 
 
@@ -134,7 +136,7 @@ CHILDREN = {
 
 @pytest.mark.parametrize("name", CHILDREN)
 def test_the_generators_children_are_read_alike(name: str, tmp_path: Path) -> None:
-    parent = dataclasses.replace(MADE["windows"], data_write=b"parent's content")
+    parent = replace(MADE["windows"], data_write=b"parent's content")
     child = Recipe(
         size=parent.size, blocks={2: CHILDREN[name], 0: CHILDREN[name]}, parent=made.linked_to(parent.data_write)
     )
@@ -148,24 +150,26 @@ def test_the_generators_children_are_read_alike(name: str, tmp_path: Path) -> No
 
 PLACES = MADE["windows"].places()
 FIRST = PLACES.first_block
-LOGGED = {
+LOGGED: dict[str, list[Descriptor]] = {
     "data": [*rewrite(FIRST + 4 * KiB, noise(20 * KiB, 8))],
     "zeros": [Zeros(offset=FIRST + 8 * KiB, length=256 * KiB)],
     "zeros, then data": [Zeros(offset=FIRST, length=64 * KiB), *rewrite(FIRST + 16 * KiB, noise(4 * KiB, 8))],
-    "the BAT": rewrite(
-        PLACES.bat,
-        made.make(dataclasses.replace(MADE["windows"], blocks={3: Block(data=b"")})).bytes()[3 * MiB :][:4096],
-    ),
-    "a hundred and fifty pages": rewrite(FIRST + MiB, noise(600 * KiB, 8)),
+    "the BAT": [
+        *rewrite(
+            PLACES.bat, made.make(replace(MADE["windows"], blocks={3: Block(data=b"")})).bytes()[3 * MiB :][:4096]
+        )
+    ],
 }
 
 
-@pytest.mark.parametrize("start", [0, MiB - 8 * KiB], ids=["from 0", "around the end"])
+@pytest.mark.parametrize("around", [False, True], ids=["several entries", "one around the end"])
 @pytest.mark.parametrize("name", LOGGED)
-def test_qemu_replays_the_generators_logs_as_we_do(name: str, start: int, tmp_path: Path) -> None:
+def test_qemu_replays_the_generators_logs_as_we_do(name: str, around: bool, tmp_path: Path) -> None:
     entries = [Entry(sequence=7), *(Entry(sequence=8 + at, descriptors=[one]) for at, one in enumerate(LOGGED[name]))]
-    if len(entries) > 50:
+    start = 0
+    if around:
         entries = [Entry(sequence=7), Entry(sequence=8, descriptors=LOGGED[name])]
+        start = MiB - 8 * KiB
     recipe = with_log(MADE["windows"], Run(start, entries))
     path = made.make(recipe).write(tmp_path / "disk.vhdx")
     with LocalFile.open_source(path) as file:
@@ -222,7 +226,7 @@ def test_a_written_child_is_read_on_its_parent(tmp_path: Path) -> None:
     parent.write_bytes(convert(MemoryFile(DISK), "raw", "vhdx").data)
     make_child(child, parent, {3: noise(MiB, 7), 1: noise(MiB, 8)})
     expected = DISK[:MiB] + noise(MiB, 8) + DISK[2 * MiB : 3 * MiB] + noise(MiB, 7) + DISK[4 * MiB :]
-    assert seven_zip_md5(child) == vhdi_md5(child, parent=parent) == md5(expected)
+    assert seven_zip_md5(child) == md5(expected)
 
 
 # --- what is changed ---------------------------------------------------------------------------------------------
@@ -248,7 +252,7 @@ def test_resized_disks_are_read_alike(name: str, size: int, tmp_path: Path) -> N
         assert qemu_size(path) == size
         size = 12 * MiB
         apply(path, lambda file: FORMAT.resize(file, size))
-    recipe = dataclasses.replace(recipe, size=size)
+    recipe = replace(recipe, size=size)
     assert_read_alike(path, recipe, made.content(MADE[name])[: MADE[name].size].ljust(size, b"\0"))
 
 
@@ -270,7 +274,7 @@ def test_a_rebased_child_is_read_on_its_new_parent(tmp_path: Path) -> None:
         link = ParentLink(FORMAT.open(file).identity or b"", len(DISK), ".\\other.vhdx", "C:\\VMs\\other.vhdx")
     apply(child, lambda file: FORMAT.rebase(file, link))
     expected = second[: 3 * MiB] + noise(MiB, 7) + second[4 * MiB :]
-    assert seven_zip_md5(child) == vhdi_md5(child, parent=other) == md5(expected)
+    assert seven_zip_md5(child) == md5(expected)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "fixed"])
@@ -309,7 +313,13 @@ def test_a_parent_with_a_parent_is_merged_into_and_read_on_that(tmp_path: Path) 
 
 # --- changes of files made by others -----------------------------------------------------------------------------
 
-THEIRS = ["fat-parent.vhdx", "ntfs-dynamic.vhdx", "ext2.vhdx", "vhdx-log-replay.vhdx", "iotest-dynamic-1G.vhdx"]
+THEIRS = [
+    "fat-parent.vhdx",
+    "ntfs-dynamic.vhdx",
+    "ext2.vhdx",
+    pytest.param("vhdx-log-replay.vhdx", marks=pytest.mark.slow),
+    pytest.param("iotest-dynamic-1G.vhdx", marks=pytest.mark.slow),
+]
 
 
 def copied(name: str, folder: Path) -> Path:
@@ -340,6 +350,7 @@ def test_files_of_others_grow_and_keep_their_content(name: str, tmp_path: Path) 
         qemu_size(path)
 
 
+@pytest.mark.slow
 def test_a_log_that_windows_left_is_written_back(tmp_path: Path) -> None:
     path = copied("vhdx-log-replay.vhdx", tmp_path)
     apply(path, FORMAT.repair)

@@ -37,7 +37,8 @@ def guest_writes(number: int) -> list[tuple[int, bytes]]:
 
 def make_chain(folder: Path, fmt: str, sector: int) -> tuple[list[Path], list[bytes]]:
     """The files and what a guest reads of each."""
-    paths, contents, disk = [], [], bytearray(SIZE)
+    paths: list[Path] = []
+    contents, disk = [], bytearray(SIZE)
     for number in range(DEPTH):
         path = folder / f"{number}.{fmt}"
         options = {"sector_size": sector} if fmt == "vhdx" else {}

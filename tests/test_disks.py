@@ -60,9 +60,7 @@ def read(path: Path, **options: Any) -> bytes:
         return content(disk)
 
 
-def make_chain(
-    folder: Path, fmt: str, depth: int, *, base: str | None = None
-) -> tuple[list[Path], list[bytes]]:
+def make_chain(folder: Path, fmt: str, depth: int, *, base: str | None = None) -> tuple[list[Path], list[bytes]]:
     """A base and ``depth`` - 1 children, each written by ``convert --parent``; paths and contents."""
     contents = [raw_disk(1)]
     paths = [folder / f"0.{fmt}"]

@@ -92,7 +92,7 @@ def is_one_hole(path: Path) -> bool:
     """Whether a file takes no room: imagekit writes no zeros."""
     with path.open("rb") as file:
         try:
-            os.lseek(file.fileno(), 0, os.SEEK_DATA)
+            os.lseek(file.fileno(), 0, getattr(os, "SEEK_DATA", os.SEEK_END))
         except OSError as error:
             return error.errno == errno.ENXIO
     return False
