@@ -58,7 +58,8 @@ def convert_image(
 ) -> Report:
     """Convert ``source`` to ``target`` and report. With ``options.dry_run`` nothing is written.
 
-    A source that is open already stays open, and was opened as :func:`reading` says. Raises the error of whichever step failed; then no target exists, and an old one is untouched.
+    A source that is open already stays open, and was opened as :func:`reading` says. Raises the error of whichever
+    step failed; then no target exists, and an old one is untouched.
     """
     started = time.monotonic()
     chosen = target_format(target, options)
