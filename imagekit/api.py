@@ -155,7 +155,10 @@ def measure(
     cancel: threading.Event | None = None,
     **options: Any,
 ) -> dict[str, JSON]:
-    """The exact size, in bytes, that the target file of a conversion will have (``required``)."""
+    """The size, in bytes, that the target file of a conversion will have (``required``).
+
+    ``exact``, or, for a compressed target, the most that it can have.
+    """
     asked = _options({**options, "target_format": format})
     if profile is not None:
         asked = apply_profile(profile, asked)
@@ -165,6 +168,7 @@ def measure(
         return {
             "schema": SCHEMA,
             "required": plan.file_size,
+            "exact": options.get("compression") is None,
             "virtual-size": plan.virtual_size,
             "data-bytes": plan.data_bytes,
             "format": plan.target_format,
@@ -255,12 +259,18 @@ def check(image: PathLike, *, format: str | None = None, repair: bool = False) -
         name = source.file.name
         if repair and source.wrappers:
             raise UnsupportedFeature("a packed image is not repaired in place", path=name, hint="unpack it first")
-    if not repair or not problems:
+    if not repair:
         return CheckResult(name, chosen.name, problems)
     with LocalFile.open_for_change(image) as file, located(file):
         if file.held_for_writing:
             raise SourceError("QEMU has the image open for writing", path=name, hint="stop the machine first")
-        changes = chosen.repair(file)
+        # Also where nothing is wrong: a mark that a writer left (qcow2's dirty bit) can go.
+        try:
+            changes = chosen.repair(file)
+        except UnsupportedFeature:
+            if problems:
+                raise
+            changes = []
         apply_changes(changes, file)
         return CheckResult(name, chosen.name, tuple(chosen.check(file)), repaired=bool(changes))
 

@@ -155,6 +155,7 @@ RULES: dict[str, Rule] = {
         Rule("parent-locator-unused", Severity.REFUSE, "two programs would see two different disks"),
         Rule("header-invalid", Severity.WARN, "the other header counts"),
         Rule("region-table-invalid", Severity.WARN, "the other region table counts"),
+        Rule("snapshot-table", Severity.WARN, "the disk as it is now is not affected"),
         Rule("log-replayed", Severity.WARN, "the disk was not closed cleanly; its log was replayed, in memory"),
         Rule("footers-differ", Severity.REFUSE, "two programs would see two different disks"),
         Rule("original-size-larger", Severity.REFUSE, "no program makes a VHD smaller: the sizes contradict"),

@@ -552,6 +552,12 @@ def test_a_block_size_that_no_reader_takes_is_refused(block: int) -> None:
         FORMAT.writer(MiB, dataclasses.replace(OPTIONS, block_size=block))
 
 
+def test_blocks_too_small_for_the_disk_are_refused() -> None:
+    """The table would be longer than any reader takes."""
+    with pytest.raises(UnsupportedFeature, match=f"block size 4096 is too small for a disk of {MAX_SIZE} bytes"):
+        FORMAT.writer(MAX_SIZE, dataclasses.replace(OPTIONS, block_size=4096))
+
+
 @pytest.mark.parametrize(("subformat", "block"), [("differencing", None), ("split", None), ("fixed", 2 * MiB)])
 def test_what_is_not_written_is_refused(subformat: str, block: int | None) -> None:
     with pytest.raises(UnsupportedFeature):

@@ -21,7 +21,7 @@ from imagekit.formats.vhd import FORMAT, VhdImage
 from imagekit.formats.vhd_header import MAX_SIZE, DynamicHeader, Footer, batmap, geometry
 from tests.disks import IDENTIFIER, content, convert, noise
 from tests.samples import sample
-from tests.vhd_chains import assert_survives, changed, on_zeros
+from tests.vhd_chains import assert_survives, changed, empty, on_zeros
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 BLOCK = 4 * KiB
@@ -216,6 +216,25 @@ def test_small_blocks_are_too_small_for_a_large_disk() -> None:
     data = vhd_images.dynamic(4096, {}, block_size=512)
     with pytest.raises(UnsupportedFeature, match="blocks of 512 bytes are too small"):
         FORMAT.resize(MemoryFile(data), 2000 * GiB)
+
+
+def test_a_file_does_not_outgrow_its_addresses() -> None:
+    """A differencing disk takes room for all it grows by, and blocks lie in the first 2 TiB."""
+    options = WriterOptions(IDENTIFIER, "differencing", 256 * KiB, parent=LINK)
+    data = bytes(empty(4 * MiB, options).data)
+    with pytest.raises(UnsupportedFeature, match="a VHD's blocks lie in the first 2 TiB"):
+        FORMAT.resize(MemoryFile(data), MAX_SIZE)
+
+
+def test_a_header_in_the_way_of_the_table_is_not_moved() -> None:
+    footer = vhd_images.Footer(size=4 * BLOCK, data_offset=2048).bytes()
+    header = vhd_images.dynamic_header(entries=4, block_size=BLOCK)
+    data = footer + bytes(1024) + b"\xff" * 512 + header + footer
+    with pytest.raises(
+        UnsupportedFeature, match="the dynamic header lies at 0x800, where the longer table has to be"
+    ):
+        FORMAT.resize(MemoryFile(data), 200 * BLOCK)
+    assert on_zeros(resized(data, 100 * BLOCK)).virtual_size == 100 * BLOCK
 
 
 @pytest.mark.parametrize("kind", ["overlap", "footers-differ", "saved"])
