@@ -165,7 +165,9 @@ def _judged(file: LocalFile, reading: Reading, above: tuple[FileIdentity, ...] =
         with located(file):
             image = chosen.open(file, resolver=_resolver(references, chain), options=reading.view)
         findings += [_about(finding, source) for source in chain for finding in source.findings]
-        findings += policy.judge_chain(image.virtual_size, [source.image.virtual_size for source in chain])
+        pairs = zip(references, chain, strict=True)
+        below = [source.image.virtual_size for one, source in pairs if one.kind in ("backing-file", "parent-file")]
+        findings += policy.judge_chain(image.virtual_size, below)
     return Source(file, chosen.name, image, tuple(findings), file, identity, chain)
 
 
@@ -205,7 +207,10 @@ def _follow(
 def _open_reference(reference: Reference, origin: Path, reading: Reading, above: tuple[FileIdentity, ...]) -> Source:
     """The first file that the names lead to and that is the one meant."""
     assert reading.following is not None
-    below = replace(reading, declared=reference.format, view=AS_IS)
+    allow = reading.allow
+    if allow is not None and reference.kind == "extent-file":
+        allow |= {"no-descriptor"}  # an extent is a part, and is opened as one
+    below = replace(reading, declared=reference.format, view=AS_IS, allow=allow)
     refused: ImagekitError | None = None
     for path in find(reference, origin, reading.following):
         source = _open_below(path, below, above)

@@ -51,6 +51,8 @@ def test_only_what_is_the_callers_own_risk_can_be_allowed() -> None:
         "corrupt-bit",
         "reference-format",
         "external-qemu-img",
+        "descriptor-unknown-key",
+        "no-descriptor",
     }
 
 
@@ -157,7 +159,10 @@ def test_only_rules_that_can_be_allowed_can_be_asked_for() -> None:
     assert check_allowed(["in-use", "in-use"]) == frozenset({"in-use"})
     with pytest.raises(UsageError, match="'backing-file' cannot be allowed") as caught:
         check_allowed(["in-use", "backing-file"])
-    assert caught.value.hint == "rules that can be allowed: corrupt-bit, external-qemu-img, in-use, reference-format"
+    assert caught.value.hint == (
+        "rules that can be allowed: "
+        "corrupt-bit, descriptor-unknown-key, external-qemu-img, in-use, no-descriptor, reference-format"
+    )
     with pytest.raises(UsageError, match="'nonsense' is not a rule"):
         check_allowed(["nonsense"])
 

@@ -41,8 +41,6 @@ from tests.vhdx_disks import (
     wide,
 )
 
-# --- absorb ------------------------------------------------------------------------------------------------------
-
 
 @st.composite
 def families(draw: st.DrawFn) -> tuple[Recipe, Recipe]:
