@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import sys
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -159,10 +160,11 @@ def check_identity(reference: Reference, image: DiskImage, path: Path, *, ignore
     if ignore:
         return
     if reference.identities and image.identity not in reference.identities:
-        expected = " or ".join(identity.hex() for identity in reference.identities)
+        expected = " or ".join(map(_guid, reference.identities))
+        found = "none" if image.identity is None else _guid(image.identity)
         raise UnsafeImage(
-            f"refused by rule parent-id: the parent has the id {(image.identity or b'').hex() or 'none'}, its child "
-            f"expects {expected}: it is another disk, or was written to after the child was made",
+            f"refused by rule parent-id: the parent has the id {found}, its child expects {expected}: it is another "
+            "disk, or was written to after the child was made",
             rule="parent-id",
             hint="find the right parent; --ignore-parent-id where you know that this one is right",
             path=path,
@@ -175,6 +177,11 @@ def check_identity(reference: Reference, image: DiskImage, path: Path, *, ignore
             hint="find the right parent; --ignore-parent-id where you know that this one is right",
             path=path,
         )
+
+
+def _guid(identity: bytes) -> str:
+    """As ``info`` shows it, in the order of Windows."""
+    return str(uuid.UUID(bytes_le=identity))
 
 
 def link_to(parent: DiskImage, parent_path: Path, child_path: Path, parent_map: ParentMap = ()) -> ParentLink:

@@ -179,7 +179,8 @@ def measure(
         **reading,
         **target,
     )
-    ui.result(found, lambda: f"required size: {found['required']}\nvirtual size: {found['virtual-size']}")
+    most = "" if found["exact"] else " at most"
+    ui.result(found, lambda: f"required size: {found['required']}{most}\nvirtual size: {found['virtual-size']}")
 
 
 @app.command()
