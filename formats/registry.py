@@ -44,6 +44,8 @@ def formats() -> dict[str, DiskFormat]:
     """All formats by name, in alphabetical order."""
     found: dict[str, DiskFormat] = {}
     for module in pkgutil.iter_modules(imagekit.formats.__path__):
+        if "_" in module.name:
+            continue  # a part of a format: vhd_header
         candidate = getattr(importlib.import_module(f"imagekit.formats.{module.name}"), "FORMAT", None)
         if candidate is not None:
             found[candidate.name] = candidate
@@ -56,6 +58,11 @@ def _third_party() -> list[tuple[str, DiskFormat]]:
     from importlib.metadata import entry_points
 
     return [(point.name, point.load()) for point in entry_points(group=ENTRY_POINTS)]
+
+
+def is_known(name: str) -> bool:
+    """Whether there is a format of that name or alias."""
+    return any(name.lower() in (one.name, *one.aliases) for one in formats().values())
 
 
 def find(name: str) -> DiskFormat:

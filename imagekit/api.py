@@ -19,9 +19,7 @@ from uuid import UUID
 from imagekit import policy
 from imagekit.changes import apply as apply_changes
 from imagekit.conversion import convert_image, planned, reading, target_format
-from imagekit.disks import DiskReport, create_disk, merge_into_parent, rebase_disk, resize_disk
 from imagekit.errors import SourceError, UnsupportedFeature, UsageError
-from imagekit.external import convert_by_qemu_img, is_external
 from imagekit.formats import registry
 from imagekit.formats.base import AS_IS, JSON, DiskImage, ImageInfo, Problem
 from imagekit.formats.files import LocalFile
@@ -34,6 +32,7 @@ from imagekit.verify import first_difference
 
 if TYPE_CHECKING:
     from imagekit.bundle import Bundle, ConfigDrive
+    from imagekit.disks import DiskReport
     from imagekit.guest import SpecLike
     from imagekit.launch.result import BootResult, Evidence
 
@@ -122,8 +121,15 @@ def convert(
     asked = _options(options)
     if profile is not None:
         asked = apply_profile(profile, asked)
-    convert_it = convert_by_qemu_img if is_external(asked) else convert_image
-    return convert_it(source, default_target(source, asked) if target is None else target, asked, control=control)
+    if target is None:
+        target = default_target(source, asked)
+    wanted = asked.target_format
+    if wanted is not None and not (registry.is_known(wanted) and registry.find(wanted).subformats):
+        from imagekit.external import convert_by_qemu_img, is_external
+
+        if is_external(asked):
+            return convert_by_qemu_img(source, target, asked, control=control)
+    return convert_image(source, target, asked, control=control)
 
 
 def default_target(source: PathLike, options: ConvertOptions) -> Path:
@@ -280,6 +286,8 @@ def create(target: PathLike, size: int | None = None, **options: Any) -> DiskRep
 
     ``options`` are fields of :class:`~imagekit.plan.ConvertOptions`.
     """
+    from imagekit.disks import create_disk
+
     return create_disk(target, size, _options(options))
 
 
@@ -293,6 +301,8 @@ def resize(
     **options: Any,
 ) -> DiskReport:
     """Give a disk another virtual size in place; smaller only with ``shrink`` and where only zeros are lost."""
+    from imagekit.disks import resize_disk
+
     return resize_disk(image, size, _options(options), shrink=shrink, control=Control(progress, cancel))
 
 
@@ -310,12 +320,16 @@ def merge(
     """
     control, asked = Control(progress, cancel), _options(options)
     if target is None:
+        from imagekit.disks import merge_into_parent
+
         return merge_into_parent(child, asked, control=control)
     return convert_image(child, target, asked, control=control)
 
 
 def rebase(child: PathLike, parent: PathLike, **options: Any) -> DiskReport:
     """Make a differencing disk name another file as its parent, the same disk unless ``ignore_parent_id``."""
+    from imagekit.disks import rebase_disk
+
     return rebase_disk(child, parent, _options(options))
 
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imagekit import copying, gpt, qemu_img
+from imagekit import copying, gpt
 from imagekit.errors import UnsupportedFeature, UsageError
 from imagekit.formats import registry
 from imagekit.formats.base import SECTOR, DiskFormat, DiskImage, File, OpenOptions, ParentLink, WriterOptions
@@ -236,6 +236,8 @@ def _verify(
                 "qemu-img does not see this disk as it was asked for (a chain, a snapshot, a mended GPT)",
                 hint="--verify content",
             )
+        from imagekit import qemu_img
+
         path = pending.part or _by_descriptor(pending.file)
         origin = source.file.name if not source.wrappers else _by_descriptor(source.file)
         qemu_img.compare(origin, plan.source_format, path, plan.target_format)

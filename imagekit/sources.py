@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imagekit import policy, qemu_img, wrappers
+from imagekit import policy
 from imagekit.errors import CorruptImage, ImagekitError, SourceError, UnsafeImage, UnsupportedFeature
 from imagekit.formats import registry
 from imagekit.formats.base import AS_IS, DiskFormat, DiskImage, File, OpenOptions, Reference, Resolver
@@ -100,10 +100,10 @@ def open_source(path: str | os.PathLike[str], reading: Reading | None = None, *,
     file = LocalFile.open_source(path)
     try:
         name = reading.declared
-        if name is not None and name in qemu_img.EXTERNAL_SOURCES and name not in registry.formats():
+        if name is not None and not registry.is_known(name) and _read_by_qemu_img(name):
             return _through_qemu_img(file, name, reading, control)
         # Bytes declared raw are taken as they are, whatever they look like.
-        if name != "raw" and wrappers.detect(file):
+        if name != "raw" and _is_packed(file):
             return _unpacked(file, reading, control)
         return _judged(file, reading)
     except BaseException:
@@ -111,7 +111,31 @@ def open_source(path: str | os.PathLike[str], reading: Reading | None = None, *,
         raise
 
 
+def _is_packed(file: LocalFile) -> bool:
+    """Whether imagekit.wrappers knows what it is packed with. That module is loaded only where it may."""
+    head = file.pread(0, 262)
+    if head[:2] not in _PACKED and head[1:4] != _ZSTD_SKIPPABLE and head[257:] != b"ustar":
+        return False
+    from imagekit import wrappers
+
+    return wrappers.detect(file) is not None
+
+
+_PACKED = (b"\x1f\x8b", b"\xfd7", b"BZ", b"PK", b"\x28\xb5")
+"""How gzip, xz, bzip2, zip and zstd begin."""
+_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
+"""Behind the first byte of a frame that is to be passed over."""
+
+
+def _read_by_qemu_img(name: str) -> bool:
+    from imagekit import qemu_img
+
+    return name in qemu_img.EXTERNAL_SOURCES
+
+
 def _unpacked(file: LocalFile, reading: Reading, control: Control) -> Source:
+    from imagekit import wrappers
+
     identity = file.identity
     inside = wrappers.unwrap(file, folder=reading.scratch, control=control)
     try:
@@ -126,6 +150,8 @@ def _unpacked(file: LocalFile, reading: Reading, control: Control) -> Source:
 
 def _through_qemu_img(file: LocalFile, name: str, reading: Reading, control: Control) -> Source:
     """An image in a format that only qemu-img reads, as the raw disk that it makes of it."""
+    from imagekit import qemu_img
+
     identity = file.identity
     findings = [
         *policy.judge_use(held_for_writing=file.held_for_writing),

@@ -149,6 +149,27 @@ def test_a_block_that_the_child_covers_whole_needs_no_bits() -> None:
     assert [file.pread(3 * MiB + at, 1)[0] & 7 for at in (0, 8)] == [FULL, FULL]
 
 
+@pytest.mark.parametrize("other", [True, False], ids=["bitmap", "no bitmap"])
+@pytest.mark.parametrize("state", [FULL, PARTIAL, ZERO, None], ids=["full", "partial", "zero", "absent"])
+def test_a_last_block_grows_and_takes_what_the_child_has_in_it(state: int | None, other: bool) -> None:
+    """The file's own parent is larger than the file was: it must not show where the child shows zeros."""
+    some = frozenset(range(5, 2048, 11))
+    last = {2: Block(state=state, data=noise(MiB, 2), present=some if state == PARTIAL else None)} if state else {}
+    first = {0: Block(state=PARTIAL, data=noise(MiB, 1), present=some)} if other else {}
+    parent = Recipe(size=2 * MiB + 3 * 4096, blocks=last | first, parent=made.linked_to(UNKNOWN_ID))
+    own = Block(state=PARTIAL, data=noise(MiB, 3), present=frozenset({0, 7, 23, 24, 25, 31, 1000}))
+    child = Recipe(size=4 * MiB + 512, blocks={2: own, 3: own}, parent=made.linked_to(b"p" * 16))
+    assert_absorbed(parent, child)
+
+
+def test_a_fixed_disk_that_grows_takes_the_childs_data_in_its_own_blocks() -> None:
+    parent = Recipe(size=MiB, blocks={0: Block(data=noise(MiB, 1))}, fixed=True)
+    child = Recipe(size=4 * MiB, blocks={2: Block(data=noise(MiB, 2))}, parent=made.linked_to(b"p" * 16))
+    file = assert_absorbed(parent, child)
+    assert file.size == 8 * MiB
+    assert [(one.data, one.offset) for one in FORMAT.open(file).extents()] == [(True, 4 * MiB)]
+
+
 def test_a_child_can_be_open_on_the_file_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is in a merge: only what the child holds itself is read, however the file below looks by then."""
     monkeypatch.setattr(vhdx_absorb, "BATCH_STEPS", 1)

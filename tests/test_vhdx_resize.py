@@ -139,15 +139,15 @@ def test_the_size_it_has_takes_no_step() -> None:
 
 
 def test_a_last_block_that_the_file_cuts_short_is_completed() -> None:
-    recipe = Recipe(
-        size=MiB + 512, blocks={0: Block(data=noise(MiB)), 1: Block(data=noise(512))}, file_size=5 * MiB + 512
-    )
+    blocks = {0: Block(data=noise(2 * MiB)), 1: Block(data=noise(512))}
+    recipe = Recipe(size=2 * MiB + 512, block_size=2 * MiB, blocks=blocks, file_size=6 * MiB + 512)
+    old = made.content(recipe)
     file = assert_interruptible(
         recipe,
-        lambda file: FORMAT.resize(file, 2 * MiB),
-        lambda image: content(image) in (made.content(recipe), grown(made.content(recipe), 2 * MiB)),
+        lambda file: FORMAT.resize(file, 4 * MiB),
+        lambda image: content(image) in (old, grown(old, 4 * MiB)),
     )
-    assert file.size == 6 * MiB
+    assert file.size == 8 * MiB
     assert_sound(file)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,8 +21,10 @@ from imagekit.cli.options import (
 )
 from imagekit.cli.sizes import parse_size, show_size
 from imagekit.cli.ui import Ui
-from imagekit.disks import DiskReport
 from imagekit.report import Report
+
+if TYPE_CHECKING:
+    from imagekit.disks import DiskReport
 
 app = typer.Typer()
 
