@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from imagekit.errors import CorruptImage
 from imagekit.formats.base import Problem, TiB
-from imagekit.formats.vhdx import VhdxImage
 from imagekit.formats.vhdx_bat import WINDOW, Window
 from imagekit.formats.vhdx_header import MAX_FILE, UNIT
+from imagekit.formats.vhdx_image import VhdxImage
 from imagekit.formats.vhdx_metadata import BITMAP_SIZE, ENTRY_SIZE, OLD_UNMAPPED, PARTIALLY_PRESENT
 
 if TYPE_CHECKING:

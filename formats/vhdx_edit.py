@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 from imagekit.errors import CorruptImage, UnsupportedFeature
 from imagekit.formats.base import SECTOR, Barrier, Change, File, MiB, Truncate, Write, read_exactly, round_up
-from imagekit.formats.vhdx import VhdxImage
 from imagekit.formats.vhdx_bat import ABSENT, HERE, WINDOW, ZEROED
 from imagekit.formats.vhdx_check import check
 from imagekit.formats.vhdx_header import (
@@ -35,6 +34,7 @@ from imagekit.formats.vhdx_header import (
     Region,
     with_checksum,
 )
+from imagekit.formats.vhdx_image import VhdxImage
 from imagekit.formats.vhdx_metadata import ENTRY_SIZE, TABLE_SIZE
 
 if TYPE_CHECKING:

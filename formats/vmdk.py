@@ -21,18 +21,36 @@ Not here: writing; delta disks (the parent is reported, reading refused); device
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from imagekit.errors import InvalidImage
 from imagekit.formats.base import AS_IS, DiskFormat, File, OpenOptions, Problem, Resolver
-from imagekit.formats.vmdk_descriptor import MAX_DESCRIPTOR, looks_like_descriptor
-from imagekit.formats.vmdk_extents import DescriptorImage
-from imagekit.formats.vmdk_sparse import SparseImage, sparse_magic
+
+if TYPE_CHECKING:
+    from imagekit.formats.vmdk_extents import DescriptorImage
+    from imagekit.formats.vmdk_sparse import SparseImage
 
 _TEXT = frozenset(b"\xef#vV \t\r\n")
 """Bytes that a descriptor may start with."""
 
+_SPARSE = {
+    b"KDMV": "VMDK sparse header at 0",
+    b"COWD": "VMDK COWD header at 0",
+    b"\xbe\xba\xfe\xca\0\0\0\0": "VMDK SESparse header at 0",
+}
+
+
+def sparse_magic(head: bytes) -> str | None:
+    """Which sparse layout a file that starts like this has; needs 8 bytes."""
+    return next((found for magic, found in _SPARSE.items() if head.startswith(magic)), None)
+
 
 def _is_text(file: File, head: bytes) -> bool:
-    return head[:1] != b"" and head[0] in _TEXT and looks_like_descriptor(file.pread(0, MAX_DESCRIPTOR))
+    if not head or head[0] not in _TEXT:
+        return False
+    from imagekit.formats.vmdk_descriptor import MAX_DESCRIPTOR, looks_like_descriptor
+
+    return looks_like_descriptor(file.pread(0, MAX_DESCRIPTOR))
 
 
 class VmdkFormat(DiskFormat):
@@ -51,8 +69,12 @@ class VmdkFormat(DiskFormat):
     ) -> SparseImage | DescriptorImage:
         head = file.pread(0, 8)
         if sparse_magic(head) is not None:
+            from imagekit.formats.vmdk_sparse import SparseImage
+
             return SparseImage(file)
         if _is_text(file, head):
+            from imagekit.formats.vmdk_extents import DescriptorImage
+
             return DescriptorImage(file, resolver)
         raise InvalidImage(
             f"no VMDK: it starts with {head[:4]!r}, expected b'KDMV' or a descriptor",

@@ -29,7 +29,6 @@ from imagekit.formats.vmdk_header import (
     AT_END,
     COWD_MAGIC,
     HOSTED_MAGIC,
-    SESPARSE_MAGIC,
     TRUNCATED,
     CowdHeader,
     GrainLayout,
@@ -50,17 +49,6 @@ SPAN_BYTES = 4 * MiB
 
 COMPARE_BYTES = 32 * MiB
 """Grain tables of which ``info`` compares the two copies; the rest is compared when it is read."""
-
-
-def sparse_magic(head: bytes) -> str | None:
-    """Which sparse layout a file that starts like this has; needs 8 bytes."""
-    if head[:4] == HOSTED_MAGIC:
-        return "VMDK sparse header at 0"
-    if head[:4] == COWD_MAGIC:
-        return "VMDK COWD header at 0"
-    if head[:8] == SESPARSE_MAGIC.to_bytes(8, "little"):
-        return "VMDK SESparse header at 0"
-    return None
 
 
 class SparseImage(DiskImage):

@@ -13,12 +13,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imagekit import copying, gpt
+from imagekit import copying
 from imagekit.errors import UnsupportedFeature, UsageError
 from imagekit.formats import registry
 from imagekit.formats.base import SECTOR, DiskFormat, DiskImage, File, OpenOptions, ParentLink, WriterOptions
 from imagekit.formats.files import LocalFile
-from imagekit.patched import PatchedImage
 from imagekit.plan import ConversionPlan, ConvertOptions, build_plan, target_size
 from imagekit.progress import SILENT, Control
 from imagekit.publish import Pending, check_space, check_target, new_file
@@ -152,8 +151,18 @@ def writer_options(options: ConvertOptions, parent: ParentLink | None = None) ->
     return made if options.timestamp is None else replace(made, timestamp=options.timestamp)
 
 
+def _may_have_gpt(head: bytes) -> bool:
+    """Whether it is worth loading imagekit.gpt: a GPT's signature behind a sector of 512 or 4096, or a type EE."""
+    return b"EFI PART" in (head[512:520], head[4096:]) or 0xEE in head[450:510:16]
+
+
 def _with_gpt(image: DiskImage, size: int, *, fix: bool) -> tuple[DiskImage, tuple[str, ...]]:
     """The disk with its GPT's backup header in the last sector, or what to say where it is elsewhere."""
+    if not _may_have_gpt(image.pread(0, 4104)):
+        return image, ()
+    from imagekit import gpt
+    from imagekit.patched import PatchedImage
+
     found = gpt.find(image)
     if found is None:
         return image, ()

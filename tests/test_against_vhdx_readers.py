@@ -26,7 +26,8 @@ from imagekit import changes
 from imagekit.formats.base import Change, ParentLink, WriterOptions
 from imagekit.formats.files import LocalFile, MemoryFile
 from imagekit.formats.raw import RawImage
-from imagekit.formats.vhdx import FORMAT, VhdxImage
+from imagekit.formats.vhdx import FORMAT
+from imagekit.formats.vhdx_image import VhdxImage
 from tests.disks import IDENTIFIER, content, convert, md5, noise, text
 from tests.oracles import dissect_md5, need_tool, qemu_img_md5, vhdi_md5
 from tests.samples import PARENTS, sample, sample_facts

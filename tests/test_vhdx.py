@@ -22,8 +22,9 @@ from imagekit.errors import CorruptImage, ImagekitError, InvalidImage, Unsupport
 from imagekit.formats.base import DiskImage, Extent, Reference
 from imagekit.formats.files import LocalFile, MemoryFile
 from imagekit.formats.raw import RawImage
-from imagekit.formats.vhdx import FORMAT, VhdxImage
+from imagekit.formats.vhdx import FORMAT
 from imagekit.formats.vhdx_bat import WINDOW
+from imagekit.formats.vhdx_image import VhdxImage
 from tests.disks import assert_extents_agree, content, cut, noise, read_or_error, text
 from tests.samples import sample, sample_facts
 

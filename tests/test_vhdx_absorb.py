@@ -17,7 +17,8 @@ from imagekit.errors import CorruptImage, UnsupportedFeature
 from imagekit.formats import vhdx_absorb
 from imagekit.formats.base import Write
 from imagekit.formats.files import MemoryFile
-from imagekit.formats.vhdx import FORMAT, VhdxImage
+from imagekit.formats.vhdx import FORMAT
+from imagekit.formats.vhdx_image import VhdxImage
 from tests.disks import content, noise
 from tests.vhdx_disks import (
     CHILD,

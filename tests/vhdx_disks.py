@@ -19,7 +19,8 @@ from imagekit import changes
 from imagekit.formats.base import Barrier, Change, Copy, DiskImage, Reference, Write
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.raw import RawImage
-from imagekit.formats.vhdx import FORMAT, VhdxImage
+from imagekit.formats.vhdx import FORMAT
+from imagekit.formats.vhdx_image import VhdxImage
 from tests.disks import content, noise, text
 
 KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
