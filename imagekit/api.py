@@ -50,6 +50,8 @@ class Inspection:
     file_size: int
     actual_size: int
     findings: tuple[policy.Finding, ...]
+    chain: tuple[tuple[str, ImageInfo], ...] = ()
+    """With ``follow_references``: file name and headers of all that lies below, the nearest first."""
 
     def to_json(self) -> dict[str, JSON]:
         info = self.info
@@ -68,6 +70,11 @@ class Inspection:
         for reference in info.references:
             key = "backing-filename" if reference.kind != "data-file" else "data-filename"
             out[key] = reference.name
+        if self.chain:
+            out["chain"] = [
+                {"filename": name, "format": info.format, "virtual-size": info.virtual_size}
+                for name, info in self.chain
+            ]
         return out
 
 
@@ -84,6 +91,7 @@ def info(image: PathLike, *, format: str | None = None, **options: Any) -> Inspe
             file_size=source.original.size,
             actual_size=source.original.allocated_size,
             findings=source.findings,
+            chain=tuple((one.original.name, one.image.info()) for one in source.below()),
         )
 
 

@@ -49,6 +49,12 @@ class Source:
         """Images in its longest chain, itself included."""
         return 1 + max((source.depth for source in self.chain), default=0)
 
+    def below(self) -> Iterator[Source]:
+        """All that lies below, each before what it refers to itself."""
+        for source in self.chain:
+            yield source
+            yield from source.below()
+
     def check_unchanged(self) -> None:
         """SourceError when one of the files changed since it was opened."""
         changed = self.identity.differences(self.original.identity)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from imagekit import api
 from imagekit.cli.app import run
 from imagekit.formats.base import GiB, MiB
 from tests.disks import noise
@@ -62,6 +63,10 @@ def test_a_chain_from_its_making_to_its_merge(fmt: str, folder: Path, said: Any,
     assert made["target"]["subformat"] == "differencing"
     info = said("info", child)
     assert (info["backing-filename"][-len(base) :], info["findings"][0]["rule"]) == (base, "parent-file")
+
+    assert said("info", child, "--follow-references")["chain"] == [
+        {"filename": base, "format": fmt, "virtual-size": len(BASE)}
+    ]
 
     code, words = refused("convert", child, "x.raw")
     assert (code, "hint: where its origin is trusted: --follow-references" in words) == (13, True)
@@ -150,3 +155,24 @@ def test_following_references_is_not_taken_from_the_environment(folder: Path) ->
         subprocess.run([sys.executable, "-m", "imagekit", *command], check=True, capture_output=True)
     done = subprocess.run([sys.executable, "-m", "imagekit", "convert", "child.vhdx", "x.raw"], env=env)
     assert done.returncode == 13
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["merge", "c.vhdx", "--into-parent", "--follow-references"], "with --ignore-parent-id"),
+        (["resize", "c.vhdx", "1G"], "run it again"),
+        (["rebase", "c.vhdx", "--parent", "p.vhdx"], "run it again"),
+        (["create", "c.vhdx", "1G"], "nothing is left behind"),
+    ],
+    ids=["merge", "resize", "rebase", "create"],
+)
+def test_an_interrupted_command_says_what_is_left(
+    command: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, command[0], interrupted)
+    assert run(command) == 130
+    assert words in capsys.readouterr().err

@@ -80,6 +80,8 @@ def run(arguments: list[str]) -> int:
     try:
         code = app(args=arguments, prog_name="imagekit", standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:  # typer has caught Ctrl-C itself
+            raise KeyboardInterrupt
         return int(code or 0)
     except ImagekitError as error:
         if "--debug" in arguments:
@@ -90,10 +92,10 @@ def run(arguments: list[str]) -> int:
         show_error(_explain(error, arguments), as_json=as_json)
         return _explain(error, arguments).exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("imagekit: interrupted, nothing is left behind", file=sys.stderr)
+        print(f"imagekit: interrupted, {_what_is_left(arguments)}", file=sys.stderr)
         return INTERRUPTED
     except _Terminated:
-        print("imagekit: terminated, nothing is left behind", file=sys.stderr)
+        print(f"imagekit: terminated, {_what_is_left(arguments)}", file=sys.stderr)
         return TERMINATED
     except BrokenPipeError:
         sys.stdout = None  # nobody reads: do not complain again at exit
@@ -107,6 +109,14 @@ def run(arguments: list[str]) -> int:
         )
         show_error(internal, as_json=as_json)
         return INTERNAL
+
+
+def _what_is_left(arguments: list[str]) -> str:
+    if "--into-parent" in arguments:
+        return "the child still holds all it held: merge it again, with --ignore-parent-id"
+    if "--repair" in arguments or {"resize", "rebase"} & set(arguments[:1]):
+        return "the disk is as it was or as it was to be: run it again"
+    return "nothing is left behind"
 
 
 def _wants_json(arguments: list[str]) -> bool:

@@ -51,6 +51,7 @@ def info(ui: Ui, image: Image, reading: dict[str, Any], format: Format = None) -
             "file size": show_size(found.file_size),
             "on the medium": show_size(found.actual_size),
             "block size": show_size(found.info.block_size) if found.info.block_size else None,
+            "lies on": " ← ".join(name for name, _ in found.chain),
             "refers to": ", ".join(reference.name for reference in found.info.references),
         }
         rows |= {name.replace("-", " "): str(value) for name, value in features.items() if value not in (False, 0)}
