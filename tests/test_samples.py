@@ -149,3 +149,19 @@ def test_a_damaged_or_foreign_image_is_refused_and_nothing_is_written(
         assert run(command) == code
         assert capsys.readouterr().err.startswith(f"imagekit: {sample(name)}: ")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "size_from", "size"),
+    [
+        ("virtualpc-dynamic.vhd", "current", 136365211648),
+        ("virtualpc-dynamic.vhd", "chs", 136363130880),
+        ("vbox.vhd", "chs", 41909760),
+        ("vbox.vhd", "current", 40 * MiB),
+        ("qemu.vhd", "current", 41953280),
+    ],
+)
+def test_a_caller_can_say_which_of_a_vhds_sizes_counts(
+    name: str, size_from: str, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert answer(capsys, "info", str(sample(name)), "--size-from", size_from)["virtual-size"] == size

@@ -9,11 +9,20 @@ from pathlib import Path
 import pytest
 
 from fixtures import vhd_images
-from fixtures.qcow2_images import Plain, Recipe, make
-from imagekit.errors import CorruptImage, InvalidImage, SourceError, UnknownFormat, UnsafeImage, UnsupportedFeature
+from fixtures.qcow2_images import Plain, Recipe, Snapshot, make
+from imagekit.errors import (
+    CorruptImage,
+    ImagekitError,
+    InvalidImage,
+    SourceError,
+    UnknownFormat,
+    UnsafeImage,
+    UnsupportedFeature,
+)
+from imagekit.formats.base import OpenOptions
 from imagekit.formats.files import MemoryFile
 from imagekit.sources import Reading, located, open_source
-from tests.disks import content, noise
+from tests.disks import content, md5, noise
 from tests.samples import sample, sample_facts
 
 K64 = 1 << 16
@@ -208,3 +217,19 @@ def test_an_empty_file_is_called_empty_whatever_its_name(tmp_path: Path) -> None
     path.touch()
     with pytest.raises(UnknownFormat, match="empty"):
         open_source(path)
+
+
+def test_a_snapshot_is_read_as_the_disk_was_then(tmp_path: Path) -> None:
+    then, now = Plain(noise(K64, 1)), Plain(noise(K64, 2))
+    before = Snapshot("1", "before", clusters={1: then, 2: then})
+    recipe = Recipe(size=4 * K64, clusters={1: now}, snapshots=(before,))
+    path = written(tmp_path, make(recipe).data, "disk.qcow2")
+    with open_source(path) as source:
+        assert md5(content(source.image)) == md5(recipe.content())
+    with open_source(path, Reading(view=OpenOptions(snapshot="before"))) as source:
+        assert md5(content(source.image)) == md5(recipe.content(before))
+    with pytest.raises(ImagekitError, match="after") as caught:
+        open_source(path, Reading(view=OpenOptions(snapshot="after")))
+    assert "before" in str(caught.value.hint)
+    with pytest.raises(UnsupportedFeature, match="have no choice of snapshot"):
+        open_source(written(tmp_path, noise(1024), "disk.raw"), Reading(view=OpenOptions(snapshot="before")))
