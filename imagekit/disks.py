@@ -163,6 +163,8 @@ def merge_into_parent(child: PathLike, options: ConvertOptions, *, control: Cont
             raise UnsupportedFeature("it is not a differencing VHD or VHDX", path=source.file.name)
         below = source.chain[0]
         with _changing(below.file.name, below.format, options.allow) as (file, chosen):
+            if below.identity.differences(file.identity):
+                raise SourceError("changed while its child was opened", path=file.name, hint="try again")
             old = below.image.virtual_size
             apply(chosen.absorb(file, source.image), file, image=source.image, control=control)
             _check(chosen, file, source.image.virtual_size)
