@@ -4,6 +4,8 @@
 VENV   ?= .venv
 PYTHON ?=
 MARKS  ?= not slow
+# Processes that share the tests; `make test-all` measures coverage, in one.
+JOBS   ?= 2
 
 bin    := $(VENV)/bin
 # `make test-all` replaces it by "coverage run".
@@ -24,12 +26,13 @@ demo: venv tools-demo ## the tour: convert, config drive, boot, on input it make
 	@$(bin)/imagekit demo
 
 test: venv tools-test ## the tests, without the slow ones
-	$(python) -m pytest -ra -m "$(MARKS)"
+	$(python) -m pytest -ra -n $(JOBS) --dist worksteal -m "$(MARKS)"
 
 test-slow: venv tools-all ## the slow tests only: real guests, large images
 	$(python) -m pytest -ra -m slow
 
 test-all: python = $(bin)/coverage run
+test-all: JOBS = 0
 test-all: erase-coverage test test-slow ## all tests, with coverage
 	$(bin)/coverage combine --quiet
 	$(bin)/coverage report
