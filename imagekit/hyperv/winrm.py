@@ -78,7 +78,7 @@ class Endpoint:
 
 
 def parse_endpoint(text: str, **settings: Any) -> Endpoint:
-    """The endpoint of ``hyperv://[USER@]HOST[:PORT]``; ``hyperv+http``, or port 5985, is HTTP with sealed messages."""
+    """The endpoint of ``hyperv://[USER@]HOST[:PORT]``; port 5985 or ``hyperv+http`` is HTTP with sealed messages."""
     parts = urlsplit(text if "://" in text else f"hyperv://{text}")
     if parts.scheme not in ("hyperv", "hyperv+http", "hyperv+https") or parts.path.strip("/") or parts.query:
         raise UsageError(f"{text!r} names no host", hint="write hyperv://HOST or hyperv://HOST:5985")
