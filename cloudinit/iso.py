@@ -16,7 +16,6 @@ Not here: UDF, El Torito, empty folders, anything but files held in memory.
 from __future__ import annotations
 
 import io
-import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -24,21 +23,15 @@ from datetime import datetime, timedelta, timezone
 
 from imagekit.cloudinit import iso9660
 from imagekit.cloudinit.iso9660 import IsoContent, read_iso
+from imagekit.cloudinit.medium import DEFAULT_TIMESTAMP, ISO, check_label, check_tree, default_timestamp
 from imagekit.errors import ImagekitError, UsageError, VerificationFailed
 
 __all__ = ["DEFAULT_TIMESTAMP", "IsoContent", "read_iso", "verify_iso", "write_iso"]
 
-DEFAULT_TIMESTAMP = 1535328000
-"""2018-08-27 00:00:00 UTC, the date of the metadata version; fixed, so that equal input gives equal bytes."""
-
 FILE_MODE = 0o100444
 FOLDER_MODE = 0o040555
-MAX_NAME = 64  # Joliet: characters of one name; pycdlib: bytes of it in UTF-8, never fewer
-MAX_LABEL = 16  # characters of a Joliet volume label
-MAX_LEVELS = 8  # ECMA-119 6.8.2.1, the root included
 _PLAIN_NAME = 30  # ECMA-119 7.5: file name and extension together, without "." and ";1"
 _PLAIN_EXTENSION = 8
-_FORBIDDEN = frozenset("*/:;?\\")  # Joliet specification, "Allowed characters"
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _LAST_TIMESTAMP = int((datetime(2155, 12, 31, 23, 59, 59, tzinfo=timezone.utc) - _EPOCH).total_seconds())
 
@@ -49,11 +42,11 @@ def write_iso(tree: Mapping[str, bytes], *, label: str = "config-2", timestamp: 
     ``timestamp`` is in seconds since 1970 UTC; by default SOURCE_DATE_EPOCH of the environment, else
     `DEFAULT_TIMESTAMP`. Raises UsageError for names or a label that one of the guests could not read.
     """
-    when = _default_timestamp() if timestamp is None else timestamp
+    when = default_timestamp() if timestamp is None else timestamp
     if not 0 <= when <= _LAST_TIMESTAMP:
         raise UsageError(f"timestamp {when}: expected seconds since 1970, up to the year 2155")
-    _check_label(label)
-    folders = _check_tree(tree)
+    check_label(label, ISO)
+    folders = check_tree(tree, ISO)
     return _stamp(_master(tree, folders, label), _EPOCH + timedelta(seconds=when))
 
 
@@ -73,55 +66,6 @@ def verify_iso(data: bytes, tree: Mapping[str, bytes], label: str) -> None:
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise VerificationFailed(f"{view} view differs in {', '.join(wrong[:3])}{more}")
-
-
-def _default_timestamp() -> int:
-    text = os.environ.get("SOURCE_DATE_EPOCH", "")
-    if not text:
-        return DEFAULT_TIMESTAMP
-    if not re.fullmatch(r"[0-9]{1,12}", text):
-        raise UsageError(f"SOURCE_DATE_EPOCH is {text!r}, expected seconds since 1970")
-    return int(text)
-
-
-def _check_label(label: str) -> None:
-    if not 1 <= len(label) <= MAX_LABEL:
-        raise UsageError(f"label {label!r} has {len(label)} characters, expected 1 to {MAX_LABEL}")
-    if not label.isascii() or not label.isprintable() or _FORBIDDEN & set(label) or label != label.strip():
-        raise UsageError(f"label {label!r}: expected printable ASCII without * / : ; ? \\ or spaces around it")
-
-
-def _check_tree(tree: Mapping[str, bytes]) -> list[str]:
-    """Refuse what a guest could not read; return the folders, parents first."""
-    seen: dict[str, tuple[str, bool]] = {}
-    for path in sorted(tree):
-        parts = path.split("/")
-        if len(parts) > MAX_LEVELS:
-            raise UsageError(f"{path!r} is {len(parts)} levels deep, ISO 9660 allows {MAX_LEVELS}")
-        for level, name in enumerate(parts, start=1):
-            _check_name(name, path)
-            entry = ("/".join(parts[:level]), level < len(parts))
-            other = seen.setdefault(entry[0].casefold(), entry)
-            if other[0] != entry[0]:
-                raise UsageError(f"{other[0]!r} and {entry[0]!r} differ only by case: Windows would see one of them")
-            if other != entry:
-                raise UsageError(f"{entry[0]!r} is both a file and a folder")
-    return sorted(path for path, is_folder in seen.values() if is_folder)
-
-
-def _check_name(name: str, path: str) -> None:
-    """Refuse one component of ``path`` that Joliet, Windows or pycdlib cannot hold."""
-    where = "" if name == path else f" in {path!r}"
-    if name in ("", ".", ".."):
-        raise UsageError(f"{path!r}: expected a relative path without empty, '.' or '..' parts")
-    if any(c in _FORBIDDEN or ord(c) < 32 or 0x7F <= ord(c) < 0xA0 for c in name):
-        raise UsageError(f"name {name!r}{where} holds a control character or one of * / : ; ? \\")
-    if any(0xD800 <= ord(c) <= 0xDFFF or ord(c) > 0xFFFF for c in name):
-        raise UsageError(f"name {name!r}{where} holds a character that Joliet's UCS-2 cannot express")
-    if len(name.encode()) > MAX_NAME:
-        raise UsageError(f"name {name!r}{where} has {len(name.encode())} bytes, the most is {MAX_NAME}")
-    if name.endswith((".", " ")):
-        raise UsageError(f"name {name!r}{where} ends with a dot or space, which Windows drops")
 
 
 def _plain_names(tree: Mapping[str, bytes], folders: list[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
@@ -44,7 +44,8 @@ class IsoContent:
     """What a medium holds: path (with ``/``) to bytes, without empty folders.
 
     ``tree`` is what Linux shows: Rock Ridge names where there are any, else Joliet, else plain ISO names.
-    ``joliet`` is what Windows shows, None without Joliet. Labels come from the descriptors of each view.
+    ``joliet`` is what Windows shows, None without Joliet; then it shows ``plain``, the bare ISO names. Labels come
+    from the descriptors of each view.
     """
 
     label: str
@@ -52,6 +53,8 @@ class IsoContent:
     rock_ridge: bool
     joliet_label: str | None
     joliet: dict[str, bytes] | None
+    plain: dict[str, bytes] = field(default_factory=dict)
+    """Read only when there is no Joliet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +224,7 @@ class _Medium:
             rock_ridge=skip is not None,
             joliet_label=None if joliet is None else joliet.label,
             joliet=joliet_tree,
+            plain=self._tree(primary, None) if joliet_tree is None else {},
         )
 
     def _tree(self, descriptor: VolumeDescriptor, skip: int | None) -> dict[str, bytes]:

@@ -345,15 +345,24 @@ def build_config_drive(
     spec: SpecLike | None = None,
     path: PathLike = "config.iso",
     *,
+    media: Literal["iso", "vfat"] = "iso",
+    disk: Literal["vhd", "vhdx"] | None = None,
+    partition: bool | None = None,
     overwrite: bool = False,
     sync: bool = True,
     **guest: Any,
 ) -> ConfigDrive:
-    """Write a guest's config drive; ``guest`` are fields of the spec, as in :func:`prepare`."""
+    """Write a guest's config drive; ``guest`` are fields of the spec, as in :func:`prepare`.
+
+    ``media`` is the file system and ``disk`` what it lies in, by default what the suffix of ``path`` says.
+    ``partition`` is for VFAT, which has one in a disk unless told otherwise.
+    """
     from imagekit.bundle import write_config_drive
     from imagekit.guest import make_guest
+    from imagekit.media import Packing
 
-    return write_config_drive(make_guest(spec, **guest), path, overwrite=overwrite, sync=sync)
+    packing = Packing(media, disk or Packing.by_name(path).disk, partition)
+    return write_config_drive(make_guest(spec, **guest), path, packing=packing, overwrite=overwrite, sync=sync)
 
 
 _CONVERSION = (
@@ -367,11 +376,17 @@ def prepare(
     out: PathLike,
     *,
     spec: SpecLike | None = None,
+    media: Literal["iso", "vfat", "none"] = "iso",
+    disk: Literal["vhd", "vhdx"] | None = None,
+    partition: bool | None = None,
     progress: Callback | None = None,
     cancel: threading.Event | None = None,
     **guest: Any,
 ) -> Bundle:
     """Make a bundle of an image: disk, config drive, machine.json.
+
+    ``media`` and ``disk`` say what the config drive is: ISO 9660 on a DVD, or in a disk, or VFAT in a disk; with
+    ``media="none"`` there is none.
 
     Keywords are fields of the spec (``name``, ``hostname``, ``uuid``, ``ssh_keys``, ``user_data``, ``password``,
     ``network``, ``mac``, ``machine``, ``meta``) and of the conversion (``size``, ``source_format``, ``verify``,
@@ -379,11 +394,13 @@ def prepare(
     """
     from imagekit.bundle import prepare_bundle
     from imagekit.guest import make_guest, name_for
+    from imagekit.media import Packing
 
     conversion = {key: guest.pop(key) for key in _CONVERSION if key in guest}
     options = _options({"verify": "content", **conversion})
     made = make_guest(spec, default_name=name_for(image), **guest)
-    return prepare_bundle(image, out, made, options=options, control=Control(progress, cancel))
+    packing = Packing.choose(media, disk, partition)
+    return prepare_bundle(image, out, made, options=options, packing=packing, control=Control(progress, cancel))
 
 
 def boot(

@@ -12,14 +12,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from imagekit.cloudinit.configdrive import build_config_drive
+from imagekit.cloudinit.configdrive import LABEL, config_drive_tree
 from imagekit.conversion import convert_image, reading
 from imagekit.errors import TargetError, UsageError
 from imagekit.firmware import Choice, choose, find_loader
 from imagekit.formats.base import GiB, MiB
 from imagekit.guest import Guest
 from imagekit.machine import FILE_NAME, Machine
+from imagekit.media import Packing, pack
 from imagekit.plan import ConvertOptions
 from imagekit.progress import SILENT, Control
 from imagekit.publish import check_target, write_file
@@ -28,10 +30,13 @@ from imagekit.sources import located, open_source
 
 SECRET_MODE = 0o600
 """Config drives hold keys and passwords."""
-DISK_FORMATS = {1: "vhd", 2: "vhdx"}
+DISK_FORMATS: dict[int, Literal["vhd", "vhdx"]] = {1: "vhd", 2: "vhdx"}
 """By generation: 2 takes no VHD."""
+CONFIG_DISK = 1
+"""Which of the guest's disks a config drive is, for its id."""
 SMALL_DISK = 10 * GiB
 HASH_STEP = 4 * MiB
+DEFAULT_PACKING = Packing()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +75,42 @@ class ConfigDrive:
     uuid: str
     size: int
     sha256: str
+    label: str
+    packing: Packing
 
     def to_json(self) -> dict[str, object]:
         return {
             "schema": SCHEMA,
             "filename": os.fspath(self.path),
             "uuid": self.uuid,
+            "label": self.label,
+            "media": self.packing.media,
+            "disk": self.packing.disk,
             "size": self.size,
             "sha256": self.sha256,
         }
 
 
 def write_config_drive(
-    guest: Guest, path: str | os.PathLike[str], *, overwrite: bool = False, sync: bool = True
+    guest: Guest,
+    path: str | os.PathLike[str],
+    *,
+    packing: Packing | None = None,
+    overwrite: bool = False,
+    sync: bool = True,
 ) -> ConfigDrive:
-    """Build the guest's config drive and publish it, readable by its owner only."""
-    data = build_config_drive(guest.spec)
-    written = write_file(path, data, mode=SECRET_MODE, overwrite=overwrite, sync=sync)
-    return ConfigDrive(written, guest.uuid, len(data), hashlib.sha256(data).hexdigest())
+    """Build the guest's config drive and publish it, readable by its owner only.
+
+    Without a ``packing`` it is ISO 9660, in a disk where the name's suffix is that of one.
+    """
+    packing = packing or Packing.by_name(path)
+    packing.check_name(path)
+    packing.check_generation(guest.spec.machine.generation)
+    target = check_target(path, overwrite=overwrite)
+    tree = config_drive_tree(guest.spec)
+    data = pack(tree, label=LABEL, packing=packing, identifier=guest.disk_identifier(CONFIG_DISK))
+    write_file(target, data, mode=SECRET_MODE, overwrite=overwrite, sync=sync)
+    return ConfigDrive(target, guest.uuid, len(data), hashlib.sha256(data).hexdigest(), LABEL, packing)
 
 
 def prepare_bundle(
@@ -96,34 +119,41 @@ def prepare_bundle(
     guest: Guest,
     *,
     options: ConvertOptions,
+    packing: Packing | None = DEFAULT_PACKING,
     control: Control = SILENT,
 ) -> Bundle:
-    """Write disk, ``NAME-config.iso`` and ``machine.json`` into ``out``: all of them or none.
+    """Write disk, config drive and ``machine.json`` into ``out``: all of them or none.
 
-    The disk is ``NAME.vhd`` for generation 1 and ``NAME.vhdx`` for generation 2.
+    The disk is ``NAME.vhd`` for generation 1 and ``NAME.vhdx`` for generation 2, the config drive
+    ``NAME-config.iso`` or what ``packing`` says (None: there is none); VFAT comes in a disk like the machine's.
     """
     if options.dry_run or options.overwrite:
         raise UsageError("a bundle is always written, and always new", hint="choose another folder")
     folder, name = Path(out), guest.spec.name
-    drive, description = folder / f"{name}-config.iso", folder / FILE_NAME
+    description = folder / FILE_NAME
     with ExitStack() as undo:
         if _make_folder(folder):
             undo.callback(_remove_folder, folder)
-        for path in (drive, description):
-            check_target(path, overwrite=False)
+        check_target(description, overwrite=False)
         with open_source(image, reading(options, scratch=folder), control=control) as source:
             with located(source.file):
                 loader = find_loader(source.image)
             wanted = guest.spec.machine
             choice = choose(wanted.generation, wanted.secure_boot, loader)
             disk_format = DISK_FORMATS[choice.generation]
+            packing = _for_generation(packing, choice.generation)
             disk = check_target(folder / f"{name}.{disk_format}", overwrite=False)
+            drive = (
+                None if packing is None else check_target(folder / f"{name}-config{packing.suffix}", overwrite=False)
+            )
             conversion = replace(options, target_format=disk_format, identifier=guest.disk_identifier())
             report = convert_image(source, disk, conversion, control=control)
         # A file is only ever removed after this run made it.
         undo.callback(disk.unlink)
-        written = write_config_drive(guest, drive, sync=options.sync)
-        undo.callback(drive.unlink)
+        written = None
+        if drive is not None:
+            written = write_config_drive(guest, drive, packing=packing, sync=options.sync)
+            undo.callback(drive.unlink)
         machine = _machine(guest, choice, report, disk, written, sha256=file_digest(disk, control=control))
         control.check()
         write_file(description, machine.dumps(), sync=options.sync)
@@ -132,10 +162,29 @@ def prepare_bundle(
     return Bundle(folder, machine, report, choice, warnings)
 
 
-def _machine(guest: Guest, choice: Choice, report: Report, disk: Path, drive: ConfigDrive, *, sha256: str) -> Machine:
-    """The disk on 0:0, the config drive as a DVD where Hyper-V's own tools put it: IDE 1:0 or SCSI 0:1."""
+def _for_generation(packing: Packing | None, generation: Literal[1, 2]) -> Packing | None:
+    """The kind of config drive that a machine takes: a file system that is no DVD comes in a disk."""
+    if packing is None:
+        return None
+    if packing.media == "vfat" and packing.disk is None:
+        packing = replace(packing, disk=DISK_FORMATS[generation])
+    packing.check_generation(generation)
+    return packing
+
+
+def _machine(
+    guest: Guest, choice: Choice, report: Report, disk: Path, drive: ConfigDrive | None, *, sha256: str
+) -> Machine:
+    """The disk on 0:0, the config drive where Hyper-V's own tools put a DVD: IDE 1:0 or SCSI 0:1."""
     wanted, second = guest.spec.machine, choice.generation == 2
-    controller = {"controller": "scsi" if second else "ide"}
+    controller = "scsi" if second else "ide"
+    boot = {"path": disk.name, "kind": "disk", "format": report.target_format, "controller": controller}
+    media = [{**boot, "size": report.target_size, "sha256": sha256}]
+    if drive is not None:
+        form = drive.packing.disk
+        second_place = {"controller": controller, "slot" if second else "number": 1}
+        medium = {"path": drive.path.name, "kind": "disk" if form else "dvd", "format": form or "iso"}
+        media.append({**medium, **second_place, "size": drive.size, "sha256": drive.sha256})
     return Machine.parse(
         {
             "uuid": guest.uuid,
@@ -146,15 +195,7 @@ def _machine(guest: Guest, choice: Choice, report: Report, disk: Path, drive: Co
             "cpus": wanted.cpus,
             "memory": wanted.memory,
             "nics": [nic.model_dump() for nic in guest.nics],
-            "media": [
-                controller
-                | {"path": disk.name, "format": report.target_format, "kind": "disk"}
-                | {"size": report.target_size, "sha256": sha256},
-                controller
-                | {"path": drive.path.name, "format": "iso", "kind": "dvd"}
-                | ({"slot": 1} if second else {"number": 1})
-                | {"size": drive.size, "sha256": drive.sha256},
-            ],
+            "media": media,
             "source": {
                 "filename": Path(report.source).name,
                 "format": report.source_format,

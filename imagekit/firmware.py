@@ -21,7 +21,8 @@ from typing import Literal
 from imagekit import gpt
 from imagekit.errors import UnsupportedFeature
 from imagekit.fat import Entry, Fat, FatError
-from imagekit.formats.base import SECTOR, DiskImage, KiB
+from imagekit.formats.base import DiskImage, KiB
+from imagekit.partitions import partitions
 
 LOADER = ("EFI", "BOOT", "BOOTX64.EFI")
 LOADER_NAME = "\\" + "\\".join(LOADER)
@@ -38,8 +39,8 @@ _AUTHORITIES: tuple[tuple[SecureBoot, tuple[bytes, ...]], ...] = (
 )
 _WHOSE = {"linux": "the Microsoft UEFI CA", "windows": "Microsoft Windows"}
 
-_MBR_ENTRIES, _MBR_ENTRY_SIZE = 446, 16
-_MBR_EFI = 0xEF
+SYSTEM_PARTITIONS = (gpt.SYSTEM_PARTITION, 0xEF)
+"""Their types, in a GPT and in a master boot record."""
 
 _X86_64 = 0x8664
 _PE32_PLUS = 0x20B
@@ -74,9 +75,10 @@ class Choice:
 def find_loader(image: DiskImage) -> Loader:
     """Look for the boot loader of a generation 2 machine. Raises only what reading the image raises."""
     reason = ""
-    for start, length in islice(_system_partitions(image), MAX_PARTITIONS):
+    systems = (one for one in partitions(image) if one.type in SYSTEM_PARTITIONS)
+    for partition in islice(systems, MAX_PARTITIONS):
         try:
-            fat = Fat(image, start, length)
+            fat = Fat(image, partition.start, partition.length)
             entry = fat.find(LOADER)
             if entry is not None and not entry.is_directory:
                 return _look_at(fat, entry)
@@ -129,33 +131,6 @@ def _refusals(secure_boot: SecureBoot, loader: Loader) -> Iterator[str]:
         return
     signed = _unsigned(loader) if loader.signer is None else f"the boot loader is signed by {_WHOSE[loader.signer]}"
     yield f"{signed}: Secure Boot {secure_boot} will refuse it"
-
-
-# --- partitions ------------------------------------------------------------------------------------------------
-
-
-def _system_partitions(image: DiskImage) -> Iterator[tuple[int, int]]:
-    """(start, length) in bytes of the EFI system partitions."""
-    boot = image.pread(0, SECTOR)
-    if not gpt.is_protective(boot):  # a GPT without that is of an earlier life
-        yield from _mbr_partitions(boot, image.sector_size)
-        return
-    table = gpt.find(image)
-    if table is None:
-        return
-    for partition in table.partitions:
-        if partition.type == gpt.SYSTEM_PARTITION:
-            length = partition.last_lba - partition.first_lba + 1
-            yield partition.first_lba * table.sector_size, length * table.sector_size
-
-
-def _mbr_partitions(boot: bytes, sector_size: int) -> Iterator[tuple[int, int]]:
-    if boot[510:] != b"\x55\xaa":
-        return
-    for at in range(_MBR_ENTRIES, 510, _MBR_ENTRY_SIZE):
-        if boot[at + 4] == _MBR_EFI:
-            first, count = struct.unpack_from("<II", boot, at + 8)
-            yield first * sector_size, count * sector_size
 
 
 # --- the loader ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import hashlib
 import json
 import stat
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -13,6 +14,7 @@ import imagekit
 from fixtures.efi_disks import ESP, UEFI_CA, WINDOWS_CA, Fat, gpt_disk, loader
 from imagekit import bundle as bundle_module
 from imagekit.cloudinit.iso import read_iso
+from imagekit.drives import read_drive
 from imagekit.errors import (
     Cancelled,
     ImagekitError,
@@ -261,3 +263,75 @@ def test_an_unsafe_image_is_refused_before_the_folder_fills(tmp_path: Path) -> N
         imagekit.prepare(image, tmp_path / "web1", name="web1")
     assert caught.value.rule == "ambiguous"
     assert not (tmp_path / "web1").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "generation", "name", "place"),
+    [
+        ({}, 1, "web1-config.iso", "IDE 1:0"),
+        ({}, 2, "web1-config.iso", "SCSI 0:1"),
+        ({"media": "vfat"}, 1, "web1-config.vhd", "IDE 1:0"),
+        ({"media": "vfat"}, 2, "web1-config.vhdx", "SCSI 0:1"),
+        ({"disk": "vhdx"}, 1, "web1-config.vhdx", "IDE 1:0"),
+        ({"disk": "vhdx"}, 2, "web1-config.vhdx", "SCSI 0:1"),
+        ({"media": "vfat", "disk": "vhd"}, 1, "web1-config.vhd", "IDE 1:0"),
+    ],
+)
+def test_the_config_drive_can_be_a_disk_in_the_place_of_the_dvd(
+    image: Path, tmp_path: Path, options: dict[str, str], generation: int, name: str, place: str
+) -> None:
+    made = imagekit.prepare(
+        image,
+        tmp_path / "web1",
+        name="web1",
+        uuid=UUID,
+        machine={"generation": generation},
+        **options,  # type: ignore[arg-type]
+    )
+    medium = made.machine.media[1]
+    assert (medium.path, medium.place) == (name, place)
+    assert medium.kind == ("dvd" if name.endswith(".iso") else "disk")
+    path = tmp_path / "web1" / name
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    (volume,) = read_drive(path).volumes
+    assert volume.file_system == ("vfat" if "media" in options else "iso9660")
+    assert json.loads(volume.tree["openstack/latest/meta_data.json"])["uuid"] == UUID
+    made.machine.check_media(tmp_path / "web1", digests=True)
+
+
+def test_disk_and_config_drive_have_ids_of_their_own(image: Path, tmp_path: Path) -> None:
+    """Two disks of one id would be one disk with two paths to the guest."""
+    imagekit.prepare(image, tmp_path / "web1", name="web1", media="vfat", machine={"generation": 1})
+    ids = {
+        imagekit.info(tmp_path / "web1" / name).info.features["unique-id"] for name in ("web1.vhd", "web1-config.vhd")
+    }
+    assert len(ids) == 2
+
+
+def test_without_media_there_is_no_config_drive(image: Path, tmp_path: Path) -> None:
+    made = imagekit.prepare(image, tmp_path / "web1", name="web1", media="none")
+    assert [medium.path for medium in made.machine.media] == ["web1.vhd"]
+    assert sorted(path.name for path in (tmp_path / "web1").iterdir()) == ["machine.json", "web1.vhd"]
+
+
+def test_a_vhd_for_generation_2_is_refused_before_anything_is_converted(image: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedFeature, match=r"takes no \.vhd") as caught:
+        imagekit.prepare(image, tmp_path / "web1", name="web1", disk="vhd", machine={"generation": 2})
+    assert caught.value.hint is not None and "vhdx" in caught.value.hint
+    assert not (tmp_path / "web1").exists()
+
+
+@pytest.mark.parametrize("name", ["c.iso", "c.img", "c.vhd", "c.vhdx"])
+def test_a_drive_alone_is_what_its_name_says_and_for_its_owner_only(tmp_path: Path, name: str) -> None:
+    media: Literal["iso", "vfat"] = "vfat" if name == "c.img" else "iso"
+    drive = imagekit.build_config_drive({"name": "web1", "uuid": UUID}, tmp_path / name, media=media)
+    assert stat.S_IMODE(drive.path.stat().st_mode) == 0o600
+    assert (drive.packing.media, drive.packing.disk) == (media, name[2:] if name.startswith("c.vhd") else None)
+    assert hashlib.sha256(drive.path.read_bytes()).hexdigest() == drive.sha256
+    assert read_drive(drive.path).format == (drive.packing.disk or "raw")
+
+
+def test_a_drive_alone_is_refused_by_a_spec_of_generation_2_as_a_vhd(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedFeature, match=r"takes no \.vhd"):
+        imagekit.build_config_drive({"name": "web1", "machine": {"generation": 2}}, tmp_path / "c.vhd")
+    assert list(tmp_path.iterdir()) == []

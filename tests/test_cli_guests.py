@@ -81,6 +81,11 @@ def test_a_spec_says_it_too_and_an_option_wins(uefi_image: Path, tmp_path: Path)
         (["--generation", "3"], 2),
         (["--secure-boot", "on"], 2),
         (["--generation", "1", "--secure-boot", "linux"], 12),
+        (["--disk", "vhd"], 12),
+        (["--disk", "raw"], 2),
+        (["--media", "udf"], 2),
+        (["--media", "none", "--disk", "vhdx"], 2),
+        (["--media", "iso", "--partition"], 2),
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_nothing(
@@ -88,3 +93,41 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(
 ) -> None:
     assert run(["prepare", str(uefi_image), "--out", str(tmp_path / "b"), *options]) == code
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "described"),
+    [
+        ([], "c.iso", "ISO 9660"),
+        (["--media", "vfat"], "c.img", "VFAT"),
+        (["--media", "vfat", "--disk", "vhdx"], "c.vhdx", "VFAT in a VHDX disk"),
+        (["--disk", "vhd"], "c.vhd", "ISO 9660 in a VHD disk"),
+        ([], "c.vhdx", "ISO 9660 in a VHDX disk"),
+        (["--media", "vfat", "--no-partition"], "c.vhdx", "VFAT in a VHDX disk"),
+    ],
+)
+def test_configdrive_writes_media_of_every_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], name: str, described: str
+) -> None:
+    assert run(["configdrive", str(tmp_path / name), *options]) == 0
+    assert f"{described}, " in capsys.readouterr().out
+    assert run(["configdrive", str(tmp_path / f"json-{name}"), *options, "--output", "json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["media"], printed["label"]) == ("vfat" if "VFAT" in described else "iso", "config-2")
+    assert printed["disk"] == (name[2:] if "disk" in described else None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "hint"),
+    [
+        (["c.vhd", "--disk", "vhdx"], 2, "name it NAME.vhdx"),
+        (["c.iso", "--media", "vfat"], 2, "name it NAME.img"),
+        (["c.iso", "--media", "none"], 2, "choose iso or vfat"),
+    ],
+)
+def test_a_medium_with_the_name_of_another_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, hint: str
+) -> None:
+    assert run(["configdrive", str(tmp_path / arguments[0]), *arguments[1:]]) == code
+    assert hint in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -23,13 +23,29 @@ DRIVE = {
     "openstack/latest/user_data": b"#!/bin/sh\n" + bytes(5000),
 }
 
+
+def is_legal(name: str) -> bool:
+    devices = {
+        "con",
+        "prn",
+        "aux",
+        "nul",
+        *(f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789¹²³"),
+    }
+    return (
+        not name.endswith((".", " "))
+        and len(name.encode()) <= 64
+        and name.split(".")[0].strip(" ").casefold() not in devices
+    )
+
+
 NAMES = st.text(
     st.characters(
         min_codepoint=32, max_codepoint=0xFFFF, exclude_categories=["Cs", "Cc"], exclude_characters="*/:;?\\"
     ),
     min_size=1,
     max_size=64,
-).filter(lambda name: not name.endswith((".", " ")) and len(name.encode()) <= 64)
+).filter(is_legal)
 SHORT_NAMES = st.text("aAbB-_.1é", min_size=1, max_size=3).filter(lambda name: not name.endswith("."))
 PATHS = st.lists(NAMES | SHORT_NAMES, min_size=1, max_size=8).map("/".join)
 CONTENTS = st.binary(max_size=40) | st.sampled_from([b"", b"\0" * 2048, b"x" * 2049, b"y" * 7000])

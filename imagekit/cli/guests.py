@@ -90,34 +90,61 @@ def _is_key(line: str) -> bool:
     return bool(line.strip()) and not line.lstrip().startswith("#")
 
 
+def medium_fields(
+    media: Annotated[
+        str,
+        typer.Option(
+            "--media", metavar="iso|vfat", help="File system of the config drive; none: prepare makes none."
+        ),
+    ] = "iso",
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            "--disk", metavar="vhd|vhdx", help="Put the config drive into a disk; generation 2 takes no VHD."
+        ),
+    ] = None,
+    partition: Annotated[
+        bool | None,
+        typer.Option(
+            "--partition/--no-partition",
+            help="VFAT in a partition, or on the whole disk. Default: in a partition when there is a disk.",
+            show_default=False,
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """What the medium of the metadata is."""
+    return {"media": media, "disk": disk, "partition": partition}
+
+
 @app.command()
-@command(guest=guest_fields)
+@command(guest=guest_fields, medium=medium_fields)
 def configdrive(
     ui: Ui,
     guest: dict[str, Any],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The ISO file to write.", show_default=False)],
+    medium: dict[str, Any],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.", show_default=False)],
     spec: Spec = None,
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
 ) -> None:
-    """Write a config drive (ISO 9660, label config-2).
+    """Write a config drive: ISO 9660 or VFAT, label config-2, as it is or in a disk.
 
     It is read back and compared before it gets its name, and only its owner may read it.
     """
     if spec is None and guest["name"] is None:
         guest["name"] = "guest"
-    drive = api.build_config_drive(spec, out, overwrite=overwrite, sync=not no_sync, **guest)
-    ui.result(
-        drive.to_json(), f"{drive.path}: config drive for {drive.uuid}, {drive.size} bytes, sha256 {drive.sha256}"
-    )
+    drive = api.build_config_drive(spec, out, overwrite=overwrite, sync=not no_sync, **medium, **guest)
+    what = f"{drive.path}: config drive for {drive.uuid}, {drive.packing.name}"
+    ui.result(drive.to_json(), f"{what}, {drive.size} bytes, sha256 {drive.sha256}")
 
 
 @app.command()
-@command(guest=guest_fields, allow=allowed)
+@command(guest=guest_fields, medium=medium_fields, allow=allowed)
 def prepare(
     ui: Ui,
     image: Image,
     guest: dict[str, Any],
+    medium: dict[str, Any],
     allow: frozenset[str],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the bundle; made if need be.")],
     spec: Spec = None,
@@ -172,6 +199,7 @@ def prepare(
         jobs=jobs,
         allow=allow,
         progress=ui.callback(),
+        **medium,
         **guest,
     )
     for note in (*bundle.report.notes, *bundle.warnings):
@@ -187,7 +215,7 @@ def prepare(
             "processors": made.cpus,
             "memory": show_size(made.memory),
             "disk": f"{made.media[0].path}, {show_size(report.virtual_size)}, verified: {report.verified}",
-            "config drive": made.media[1].path,
+            "config drive": made.media[1].path if len(made.media) > 1 else "none",
             "MAC": ", ".join(nic.mac for nic in made.nics),
         }
         return table(rows) + f"\n\nnext: imagekit boot {bundle.path}"

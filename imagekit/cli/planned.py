@@ -8,7 +8,7 @@ COMMANDS = frozenset(
 OPTIONS: dict[str, frozenset[str]] = {
     "info": frozenset(("--deep", "--hyperv")),
     "convert": frozenset(("--confined",)),
-    "configdrive": frozenset(("--datasource", "--media", "--disk", "--check")),
-    "prepare": frozenset(("--datasource", "--media", "--disk")),
+    "configdrive": frozenset(("--datasource", "--check")),
+    "prepare": frozenset(("--datasource",)),
     "boot": frozenset(("--rehearse", "--plan")),
 }

@@ -1,8 +1,8 @@
 """The QEMU command line of a rehearsal, built from machine.json alone.
 
-A generation 1 machine becomes an i440FX PC: BIOS, disk on IDE 0:0, config drive as DVD on IDE 1:0, as
+A generation 1 machine becomes an i440FX PC: BIOS, disk on IDE 0:0, config drive (a DVD or a disk) on IDE 1:0, as
 Hyper-V lays it out. Generation 2 becomes a q35 with OVMF, Secure Boot where the machine has it, disk and
-DVD on SCSI 0:0 and 0:1. What QEMU cannot offer is replaced and said so (``stand_ins``): it has neither
+config drive on SCSI 0:0 and 0:1. What QEMU cannot offer is replaced and said so (``stand_ins``): it has neither
 Hyper-V's network adapter nor its SCSI controller. The firmware tables never claim Microsoft as the maker:
 Linux then expects Hyper-V's storage and ignores the IDE disk.
 

@@ -289,7 +289,8 @@ class _Rehearsal:
             started=self.now(),
             timeout=self._timeout,
             waits_for_marker=self._marker is not None,
-            has_config_drive=any(medium.kind == "dvd" for medium in self._machine.media),
+            # Whatever is not what the machine boots from: a config drive may be a disk as well as a DVD.
+            has_config_drive=any(medium.number or medium.slot for medium in self._machine.media),
             may_blame_kvm=accelerator == "kvm" and not last,
         )
 
