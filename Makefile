@@ -14,7 +14,7 @@ python := $(bin)/python
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test test-slow test-all lint bench lock clean
-.PHONY: venv tools-demo tools-test tools-all erase-coverage ruff mypy mypy-win32 imports
+.PHONY: venv tools-demo tools-test tools-all tools-bench erase-coverage ruff mypy mypy-win32 imports
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -55,13 +55,13 @@ mypy-win32: venv
 imports: venv
 	$(bin)/lint-imports --no-logo
 
-bench: venv tools-test ## the benchmarks, against qemu-img
-	$(bin)/python -m tests.benchmarks
+bench: venv tools-bench ## the benchmarks, against qemu-img and others (BENCH="--quick" for a short run)
+	$(bin)/python -m tests.benchmarks $(BENCH)
 
 venv:
 	@scripts/venv.sh "$(VENV)" "$(PYTHON)"
 
-tools-demo tools-test tools-all: tools-%:
+tools-demo tools-test tools-all tools-bench: tools-%:
 	@scripts/tools.sh $*
 
 lock: ## renew the pins in requirements/ from pyproject.toml

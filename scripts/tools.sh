@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tools.sh demo|test|all: sees to the outside programs that the demo, the tests or the slow tests run.
+# tools.sh demo|test|all|bench: sees to the outside programs that the demo, tests, slow tests or benchmarks run.
 # As root on Debian/Ubuntu the missing ones are installed; otherwise they are named, and what needs them is skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,12 +34,20 @@ mkfs.xfs                                xfsprogs
 losetup                                 mount
 strace                                  strace
 "
+bench="$demo
+mkfs.ext4                               e2fsprogs
+mkfs.xfs                                xfsprogs
+mkfs.btrfs                              btrfs-progs
+mount                                   mount
+nbdcopy                                 libnbd-bin
+"
 
 case ${1:-} in
     demo) wanted=$demo ;;
     test) wanted=$test ;;
     all) wanted=$all ;;
-    *) echo "usage: tools.sh demo|test|all" >&2; exit 2 ;;
+    bench) wanted=$bench ;;
+    *) echo "usage: tools.sh demo|test|all|bench" >&2; exit 2 ;;
 esac
 
 there() {

@@ -1,7 +1,8 @@
-"""``make bench``: convert the same image with imagekit and with qemu-img, in turn, and compare medians.
+"""``make bench``: the same conversions by imagekit and by others, in turn, and the ratios of each round.
 
-Interpreter start is included, the cache is warm, and neither side waits for the medium (``--no-sync``). Only ratios
-of pairs are worth quoting: the machine's own speed drifts.
+Whole processes are measured, the start of the interpreter included; the sources are in the page cache. Only ratios
+within a round are worth quoting: the machine's own speed drifts. Without ``fsync`` in the case's name neither side
+waits for the medium. ``--quick`` takes a smaller disk and the main cases; ``--only`` chooses by name.
 """
 
 from __future__ import annotations
@@ -9,93 +10,169 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shutil
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from tests.benchmarks.corpus import GIB
+from tests.benchmarks import volumes
+from tests.benchmarks.cases import CASES, MIB, Case
+from tests.benchmarks.contenders import contenders
+from tests.benchmarks.measure import rounds
+from tests.benchmarks.table import HEAD, Result, line
 
-QEMU_OPTIONS = ["-m", "16", "-W", "-O", "vpc", "-o", "subformat=dynamic,force_size=on"]
+GIB = 1 << 30
+QUICK = (512 * MIB, 3 * GIB)
+FULL = (2 * GIB, 10 * GIB)
+QUICK_ROUNDS = 3
+WARM = 32 * GIB
+"""Larger sources are mostly hole and are not read beforehand."""
 
-
-@dataclass(frozen=True)
-class Run:
-    """One process: seconds and bytes."""
-
-    wall: float
-    cpu: float
-    peak: int
-
-
-def measure(command: list[str]) -> Run:
-    """Run a command to its end."""
-    if sys.platform == "win32":
-        sys.exit("the benchmark needs Linux: a process's figures come from wait4")
-    started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.monotonic() - started
-    assert process.stderr is not None
-    if status:
-        sys.exit(f"failed: {' '.join(command)}\n{process.stderr.read().decode()}")
-    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+CHILD = "child.vhdx"
+CHILD_BASE = "dynamic.vhdx"
 
 
-def pair(source: Path, folder: Path) -> tuple[Run, Run]:
-    """imagekit, then qemu-img, each to a new file that is removed again."""
-    ours, theirs = folder / "imagekit.vhd", folder / "qemu-img.vhd"
-    imagekit = [sys.executable, "-m", "imagekit", "convert", "--no-sync", "-q", str(source), str(ours)]
-    qemu = ["qemu-img", "convert", *QEMU_OPTIONS, str(source), str(theirs)]
-    runs = measure(imagekit), measure(qemu)
-    ours.unlink()
-    theirs.unlink()
-    return runs
+def corpus(kinds: set[str], data: int, disk: int) -> dict[str, Path]:
+    """Paths of the images, made if need be."""
+    command = [sys.executable, "-m", "tests.benchmarks.corpus", str(data), str(disk), *sorted(kinds)]
+    made = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    return {kind: Path(path) for kind, path in json.loads(made.stdout).items()}
 
 
-def report(name: str, pairs: list[tuple[Run, Run]]) -> dict[str, object]:
-    """Print a line, and return it as data."""
-    ratios = [theirs.wall / ours.wall for ours, theirs in pairs]
-    cpu = [ours.cpu / theirs.cpu for ours, theirs in pairs]
-    one, other = (statistics.median(run[side].wall for run in pairs) for side in (0, 1))
-    peak = max(ours.peak for ours, _ in pairs) / (1 << 20)
-    print(
-        f"{name:<12} {one:>9.2f} {other:>9.2f} {statistics.median(ratios):>7.2f}  "
-        f"{min(ratios):>5.2f}–{max(ratios):<5.2f} {100 * statistics.median(cpu):>6.0f} % {peak:>6.0f} MiB"
-    )
-    return {"source": name, "pairs": [[asdict(run) for run in both] for both in pairs]}
+def on_volume(paths: dict[str, Path], kinds: set[str], folder: Path, volume: str) -> dict[str, Path]:
+    """Where the images lie on that file system: copied there unless it holds the corpus already."""
+    if volume == "ext4":
+        return paths
+    there = {}
+    for kind in sorted(kinds - {CHILD}):
+        there[kind] = folder / paths[kind].name
+        subprocess.run(["cp", "--sparse=auto", str(paths[kind]), str(there[kind])], check=True)
+    if CHILD in kinds:
+        there[CHILD] = make_child(paths["disk.raw"], there[CHILD_BASE], folder)
+    subprocess.run(["sync", "-f", str(folder)], check=True)
+    return there
+
+
+def make_child(disk: Path, base: Path, folder: Path) -> Path:
+    """A differencing disk on ``base``, which is a form of ``disk``, with 64 MiB of its own at the start."""
+    changed, child = folder / "changed.raw", folder / CHILD
+    subprocess.run(["cp", "--sparse=auto", str(disk), str(changed)], check=True)
+    with changed.open("r+b") as file:
+        for _ in range(64):
+            file.write(os.urandom(MIB))
+    imagekit = str(Path(sys.executable).with_name("imagekit"))
+    subprocess.run([imagekit, "convert", "-q", str(changed), str(child), "--parent", str(base)], check=True)
+    changed.unlink()
+    return child
+
+
+def run_cases(chosen: list[Case], data: int, disk: int, asked: argparse.Namespace) -> list[Result]:
+    """Measure the cases, a file system at a time, and print each as it is done."""
+    needed = set().union(*(case.needs for case in chosen))
+    if CHILD in needed:
+        needed = (needed - {CHILD}) | {"disk.raw", CHILD_BASE}
+    say("making the corpus")
+    paths = corpus(needed, data, disk)
+    say("")
+    print(line(HEAD))
+    results = []
+    for volume in dict.fromkeys(case.volume for case in chosen):
+        reason = volumes.missing(volume)
+        if reason:
+            print(f"{volume}: left out, {reason}")
+            continue
+        mine = [case for case in chosen if case.volume == volume]
+        kinds = set().union(*(case.needs for case in mine))
+        if CHILD in kinds:
+            kinds.add(CHILD_BASE)
+        with volumes.mounted(volume, 2 * len(kinds) * data + 8 * GIB) as folder:
+            sources = on_volume(paths, kinds, folder, volume)
+            for case in mine:
+                results.append(run_case(case, sources, folder, volume, data, asked.rounds or case.rounds))
+    return results
+
+
+def run_case(case: Case, sources: dict[str, Path], folder: Path, volume: str, data: int, count: int) -> Result:
+    warm(sources[kind] for kind in case.needs)
+    runs = rounds(contenders(case, sources, folder), count, lambda what: say(f"{case.name}: {what}"))
+    result = Result(case, volume, data, runs)
+    say("")
+    for row in result.rows():
+        print(line(row), flush=True)
+    return result
+
+
+def warm(paths: Iterable[Path]) -> None:
+    """Read the files once, so that they are in the page cache."""
+    for path in paths:
+        if path.stat().st_size <= WARM:
+            subprocess.run(["cat", str(path)], stdout=subprocess.DEVNULL, check=True)
+
+
+def say(text: str) -> None:
+    """What is going on, on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def machine() -> dict[str, object]:
+    """What the figures depend on."""
+    model = ""
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((one.partition(":")[2].strip() for one in lines if one.startswith("model name")), "")
+    qemu = subprocess.run(["qemu-img", "--version"], stdout=subprocess.PIPE, text=True, check=True)
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "qemu-img": qemu.stdout.split("\n")[0].removeprefix("qemu-img version "),
+        "load": os.getloadavg()[0] if sys.platform != "win32" else None,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="make bench")
-    parser.add_argument("--data", type=float, default=2, help="GiB of data (default 2)")
-    parser.add_argument("--disk", type=float, default=10, help="GiB of the disk (default 10)")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the targets are written")
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a small disk and the main cases, under three minutes")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="cases with this in name or file system")
+    parser.add_argument("--rounds", type=int, help="instead of each case's own number")
+    parser.add_argument("--data", type=float, help="GiB of data on the disk")
+    parser.add_argument("--disk", type=float, help="GiB of the disk")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--list", action="store_true", help="name the cases and end")
     asked = parser.parse_args()
+    chosen = [case for case in CASES if case.quick or not asked.quick]
+    if asked.quick:
+        chosen = [
+            replace(case, rounds=min(case.rounds, QUICK_ROUNDS) if case.source else case.rounds) for case in chosen
+        ]
+    if asked.only:
+        chosen = [case for case in chosen if any(text in f"{case.name} [{case.volume}]" for text in asked.only)]
+    if asked.list or not chosen:
+        print("\n".join(f"{case.name} [{case.volume}]" for case in chosen) or "no such case")
+        return
     if shutil.which("qemu-img") is None:
         sys.exit("qemu-img is needed: apt-get install qemu-utils")
-    sizes = [str(int(size * GIB)) for size in (asked.data, asked.disk)]
-    made = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.corpus", *sizes], check=True, stdout=subprocess.PIPE
+    data, disk = QUICK if asked.quick else FULL
+    data = int(asked.data * GIB) if asked.data else data
+    disk = int(asked.disk * GIB) if asked.disk else disk
+    started, about = time.monotonic(), machine()
+    print("; ".join(f"{name} {value}" for name, value in about.items()))
+    print(
+        f"{disk / GIB:g} GiB disk, {data / GIB:g} GiB of files; medians of whole processes; sources in the page cache"
     )
-    corpus = json.loads(made.stdout)
-    print(f"{asked.disk:g} GiB disk, {asked.data:g} GiB data → dynamic VHD; seconds, medians of {asked.pairs} pairs")
-    print(f"{'source':<12} {'imagekit':>9} {'qemu-img':>9} {'faster':>7}  {'(range)':<11} {'CPU':>8} {'peak':>9}")
-    results = []
-    with tempfile.TemporaryDirectory(prefix="imagekit-bench-", dir=asked.folder) as name:
-        folder = Path(name)
-        for kind, path in corpus.items():
-            source = Path(path)
-            pair(source, folder)  # warms the cache
-            results.append(report(kind, [pair(source, folder) for _ in range(asked.pairs)]))
+    results = run_cases(chosen, data, disk, asked)
+    missed = sum(not met for result in results for _, _, met in result.goals())
+    total = sum(1 for result in results for _ in result.goals())
+    print(f"{total - missed} of {total} goals met, in {time.monotonic() - started:.0f} s")
     if asked.json is not None:
-        asked.json.write_text(json.dumps(results, indent=2))
+        document = {"machine": about, "data": data, "disk": disk, "results": [one.to_json() for one in results]}
+        asked.json.write_text(json.dumps(document, indent=2))
 
 
 if __name__ == "__main__":
