@@ -26,6 +26,9 @@ Decoder: TypeAlias = Callable[[Buffer, int], Buffer]
 ZSTD_WINDOW_LOG = 23
 """Largest window accepted (8 MiB): four times the largest cluster, and a bound on memory per thread."""
 
+ZSTD_FRAMES = 1024
+"""Frames of a unit: writers make one, and one takes nine bytes at least, so that empty ones would cost minutes."""
+
 
 def inflate_raw(data: Buffer, length: int) -> Buffer:
     """Raw deflate (RFC 1951), through libdeflate."""
@@ -55,14 +58,14 @@ def unzstd(data: Buffer, length: int) -> Buffer:
     options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
     out = b""
     rest: Buffer = data
-    while len(out) < length:
+    for _ in range(ZSTD_FRAMES):
         frame = zstd.ZstdDecompressor(options=options)
         try:
             piece: bytes = frame.decompress(rest, max_length=length - len(out) + 1)
         except zstd.ZstdError as error:
             raise CorruptImage(f"the zstd stream is damaged: {error}") from None
         out = out + piece if out else piece
-        if not frame.eof:
+        if not frame.eof or len(out) >= length:
             break
         rest = frame.unused_data
     return _exact(out, length, "zstd")

@@ -58,10 +58,12 @@ from imagekit.formats.vhd_header import (
     DIFFERENCING,
     FIXED,
     FOOTER_COOKIE,
+    MAX_SIZE,
     NOT_ALLOCATED,
     SUBFORMATS,
     DynamicHeader,
     Footer,
+    check_version,
 )
 from imagekit.formats.vhd_locators import ParentNames, read_names
 
@@ -172,10 +174,7 @@ class VhdImage(DiskImage):
                 path=file.name,
                 offset=self.footers.tail_offset + 60,
             )
-        if footer.current_size % SECTOR:
-            raise InvalidImage(
-                f"current size {footer.current_size} is not a multiple of 512", path=file.name, offset=48
-            )
+        check_version("footer", footer.version, self.footers.tail_offset + 12)
         self.size_from: Literal["current", "chs"] = options.size_from or footer.size_from
         self.virtual_size = self._size()
         if footer.disk_type == FIXED:
@@ -183,6 +182,7 @@ class VhdImage(DiskImage):
         else:
             raw = read_exactly(file, footer.data_offset, 1024, "the VHD dynamic header")
             self.dynamic = DynamicHeader.parse(raw, offset=footer.data_offset)
+            check_version("dynamic header", self.dynamic.version, footer.data_offset + 24)
             self.dynamic.validate(self.virtual_size, file.size)
         self.parent: ParentNames | None = None
         if self.dynamic is not None and footer.disk_type == DIFFERENCING:
@@ -190,8 +190,15 @@ class VhdImage(DiskImage):
         self._below = Below(self._reference(), resolver, file.name)
 
     def _size(self) -> int:
+        size = self.footer.current_size
+        if size % SECTOR or size > MAX_SIZE:
+            raise InvalidImage(
+                f"current size {size}, expected a multiple of 512 up to 2040 GiB",
+                path=self.file.name,
+                offset=self.footers.tail_offset + 48,
+            )
         if self.size_from == "current":
-            return self.footer.current_size
+            return size
         if not self.footer.chs_size:
             raise InvalidImage(
                 "the size is to come from the geometry, and the footer has none",
@@ -260,32 +267,39 @@ class VhdImage(DiskImage):
         header = self.dynamic
         assert header is not None
         count = -(-self.virtual_size // header.block_size)
-        raw = np.frombuffer(read_exactly(self.file, header.bat_offset, count * 4, "the BAT"), ">u4")
-        bat = np.where(raw == NOT_ALLOCATED, -1, raw.astype(np.int64) * SECTOR)
-        self._check_bat(bat)
+        windows = []
+        for first in range(0, count, WINDOW):  # what is wrong is found before the whole table is in memory
+            part = min(WINDOW, count - first) * 4
+            raw = np.frombuffer(read_exactly(self.file, header.bat_offset + first * 4, part, "the BAT"), ">u4")
+            self._check_bat(first, np.where(raw == NOT_ALLOCATED, -1, raw.astype(np.int64) * SECTOR))
+            windows.append(raw)
+        sectors = np.concatenate(windows) if windows else np.empty(0, ">u4")
+        del windows
+        bat = sectors.astype(np.int64)
+        bat *= SECTOR
+        bat[sectors == NOT_ALLOCATED] = -1
         self._bat = bat
         return bat
 
-    def _check_bat(self, bat: NDArray[np.int64]) -> None:
-        """Every allocated block lies behind the BAT and, as far as the guest can see it, inside the file."""
+    def _check_bat(self, number: int, bat: NDArray[np.int64]) -> None:
+        """Each of the blocks from ``number`` lies behind the BAT and, as far as the guest sees it, in the file."""
         import numpy as np
 
         header = self.dynamic
         assert header is not None
-        seen = np.full(len(bat), header.block_size, dtype=np.int64)
-        if len(bat):
-            seen[-1] = self.virtual_size - (len(bat) - 1) * header.block_size
-        ends = bat + header.bitmap_size + seen
+        left = self.virtual_size - number * header.block_size
+        ends = bat + header.bitmap_size + header.block_size
+        ends[-1] -= max(0, len(bat) * header.block_size - left)
         first = header.bat_offset + header.max_entries * 4
         wrong = np.flatnonzero((bat >= 0) & ((ends > self.footers.data_end) | (bat < first)))
         if len(wrong):
-            block = int(wrong[0])
+            at = int(wrong[0])
             raise CorruptImage(
-                f"block {block} lies at {int(bat[block]):#x}..{int(ends[block]):#x}, outside "
+                f"block {number + at} lies at {int(bat[at]):#x}..{int(ends[at]):#x}, outside "
                 f"{first:#x}..{self.footers.data_end:#x}",
                 hint="the file looks damaged or truncated; fetch it again and compare its checksum",
                 path=self.file.name,
-                offset=header.bat_offset + block * 4,
+                offset=header.bat_offset + (number + at) * 4,
             )
 
     def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extent]:

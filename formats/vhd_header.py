@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from imagekit.errors import CorruptImage, InvalidImage
+from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import SECTOR, GiB, KiB, MiB, round_up
 
 FOOTER_COOKIE = b"conectix"
@@ -23,8 +23,8 @@ VHD_EPOCH = 946684800
 FIXED, DYNAMIC, DIFFERENCING = 2, 3, 4
 SUBFORMATS = {FIXED: "fixed", DYNAMIC: "dynamic", DIFFERENCING: "differencing"}
 MAX_SIZE = 2040 * GiB
-MAX_ENTRIES = MAX_SIZE // (128 * KiB)
-"""Entries of a BAT that are read: the largest disk in blocks a quarter of the smallest that Windows makes."""
+MAX_ENTRIES = MAX_SIZE // (256 * KiB)
+"""Entries of a BAT that are read: the largest disk in blocks half of the smallest that Windows makes."""
 DEFAULT_BLOCK = 2 * MiB
 MAX_BLOCK = 256 * MiB
 HEADER_OFFSET = 512
@@ -67,6 +67,14 @@ def geometry(size: int) -> tuple[int, int, int]:
             per_track, heads = 63, 16
             tracks = total // per_track
     return tracks // heads, heads, per_track
+
+
+def check_version(what: str, version: int, offset: int) -> None:
+    """UnsupportedFeature for a structure that is not of version 1, whose only minor one is 0."""
+    if version >> 16 != 1:
+        raise UnsupportedFeature(
+            f"the VHD {what} has version {version >> 16}.{version & 0xFFFF}; version 1.0 is read", offset=offset
+        )
 
 
 @dataclass(frozen=True, slots=True)

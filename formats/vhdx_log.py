@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LOG_SECTOR = 4 * KiB
-MAX_LOG = 64 * MiB
-"""Windows and QEMU write logs of 1 MiB. What waits in a log is kept in memory, so that there must be a limit."""
+MAX_LOG = 8 * MiB
+"""Windows and QEMU write logs of 1 MiB. What waits in a log is kept in memory, and every entry has a checksum to be
+made, so that there must be a limit."""
 
 ENTRY_SIGNATURE = b"loge"
 DATA_DESCRIPTOR = b"desc"

@@ -201,8 +201,12 @@ class ParentLocator:
         end = _LOCATOR.size + count * _PAIR.size
         if end > len(data):
             raise CorruptImage(f"the parent locator has {count} entries, which do not fit in it", offset=offset + 18)
+        places = list(_PAIR.iter_unpack(data[_LOCATOR.size : end]))
+        if sum(key_length + value_length for _, _, key_length, value_length in places) > len(data) - end:
+            # Each text may lie in the item, and all of them together be a thousand times as long.
+            raise CorruptImage("the parent locator has texts that overlap, or lie behind its end", offset=offset)
         pairs = []
-        for key, value, key_length, value_length in _PAIR.iter_unpack(data[_LOCATOR.size : end]):
+        for key, value, key_length, value_length in places:
             pairs.append((_text(data, key, key_length, offset), _text(data, value, value_length, offset)))
         if len({key for key, _ in pairs}) != len(pairs):
             raise CorruptImage("the parent locator has a key twice", offset=offset)

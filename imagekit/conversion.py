@@ -91,7 +91,7 @@ def planned(
         else:
             asked = reading(options, scratch=None if target is None else target.parent)
             opened = stack.enter_context(open_source(source, asked, control=control))
-        parent = stack.enter_context(open_parent(options)) if options.parent is not None else None
+        parent = stack.enter_context(open_parent(options, chosen)) if options.parent is not None else None
         link = None
         if parent is not None:
             child = target or Path("child")
@@ -119,15 +119,31 @@ def reading(options: ConvertOptions, *, scratch: Path | None = None) -> Reading:
     return Reading(options.source_format, options.allow, following, view, scratch)
 
 
-def open_parent(options: ConvertOptions) -> Source:
+def open_parent(options: ConvertOptions, chosen: DiskFormat) -> Source:
     """The parent of a differencing target, with the chain below it: the caller named it."""
     assert options.parent is not None
+    if "differencing" not in chosen.subformats:
+        raise UsageError(f"a {chosen.name} has no parent", hint="differencing disks are VHD or VHDX")
     following = Following(options.parent_map, options.ignore_parent_id)
     parent = open_source(options.parent, Reading(allow=options.allow, following=following))
-    if parent.depth == MAX_DEPTH:
+    try:
+        check_kinds(parent, chosen)
+        if parent.depth == MAX_DEPTH:
+            raise chain_too_long(parent.original.name)
+    except BaseException:
         parent.close()
-        raise chain_too_long(parent.original.name)
+        raise
     return parent
+
+
+def check_kinds(parent: Source, chosen: DiskFormat) -> None:
+    """UsageError unless parent and child have one format: hosts look for no other."""
+    if parent.format != chosen.name:
+        raise UsageError(
+            f"the parent is a {parent.format}, its child a {chosen.name}",
+            hint="both are VHD, or both VHDX; convert one of them",
+            path=parent.original.name,
+        )
 
 
 def writer_options(options: ConvertOptions, parent: ParentLink | None = None) -> WriterOptions:

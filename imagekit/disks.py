@@ -15,7 +15,7 @@ from pathlib import Path
 
 from imagekit import policy
 from imagekit.changes import apply
-from imagekit.conversion import open_parent, target_format, writer_options
+from imagekit.conversion import check_kinds, open_parent, target_format, writer_options
 from imagekit.errors import SourceError, UnsupportedFeature, UsageError, VerificationFailed
 from imagekit.formats import registry
 from imagekit.formats.base import JSON, SECTOR, DiskFormat
@@ -64,7 +64,7 @@ def create_disk(target: PathLike, size: int | None, options: ConvertOptions) -> 
     """Write a new disk of zeros, or with ``options.parent`` a child that reads as its parent does."""
     chosen = target_format(target, options)
     path = check_target(target, overwrite=options.overwrite, source=options.parent)
-    parent = open_parent(options) if options.parent is not None else None
+    parent = open_parent(options, chosen) if options.parent is not None else None
     try:
         if size is None and parent is None:
             raise UsageError("a new disk needs a size", hint="for example: imagekit create disk.vhdx 20G")
@@ -138,8 +138,7 @@ def rebase_disk(child: PathLike, parent: PathLike, options: ConvertOptions) -> D
             references = chosen.open(file).info().references
             if not references or references[0].kind != "parent-file":
                 raise UnsupportedFeature("it is not a differencing VHD or VHDX", path=file.name)
-            if below.format != chosen.name:
-                raise UsageError(f"the parent is a {below.format}, its child a {chosen.name}", path=below.file.name)
+            check_kinds(below, chosen)
             if same_file(child, parent):
                 raise UsageError("a disk cannot be its own parent", path=file.name)
             check_identity(references[0], below.image, Path(parent), ignore=options.ignore_parent_id)

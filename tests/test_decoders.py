@@ -166,6 +166,11 @@ def test_a_unit_may_be_spread_over_zstd_frames() -> None:
         unzstd(frames, 1502)
 
 
+def test_frames_without_end_that_hold_nothing_are_damage() -> None:
+    with pytest.raises(CorruptImage, match="1507 bytes expected, only 0 found"):
+        unzstd(zstd_frame(b"") * 5000, 1507)
+
+
 def test_a_zstd_frame_with_a_wrong_checksum_is_damage() -> None:
     frame = bytearray(zstd.compress(text(UNIT), options={zstd.CompressionParameter.checksum_flag: 1}))
     assert unzstd(bytes(frame), UNIT) == text(UNIT)

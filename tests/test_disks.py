@@ -138,13 +138,16 @@ def test_a_new_child_reads_as_its_parent_and_takes_little_room(fmt: str, tmp_pat
         ({"parent": "missing.vhdx"}, SourceError),
         ({"size": MiB, "parent": "base.vhdx", "subformat": "fixed"}, UsageError),
         ({"parent": "base.raw"}, UsageError),
+        ({"parent": "base.vhd"}, UsageError),
+        ({"parent": "base.vhdx", "target_format": "qcow2"}, UsageError),
         ({"size": 65 * 1024 * GiB}, UnsupportedFeature),
     ],
-    ids=["no size", "zero", "no parent", "parent missing", "fixed child", "raw parent", "65 TiB"],
+    ids=["no size", "zero", "no parent", "missing", "fixed child", "raw parent", "VHD parent", "qcow2", "65 TiB"],
 )
 def test_a_disk_that_cannot_be_made_is_not(options: dict[str, Any], kind: type[Exception], tmp_path: Path) -> None:
     imagekit.create(tmp_path / "base.vhdx", 4 * MiB, sync=False)
     imagekit.create(tmp_path / "base.raw", 4 * MiB, sync=False)
+    imagekit.create(tmp_path / "base.vhd", 4 * MiB, sync=False)
     options = dict(options)
     if "parent" in options:
         options["parent"] = str(tmp_path / options["parent"])

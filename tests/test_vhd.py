@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import random
 import struct
+import tracemalloc
 import uuid
 from typing import Literal
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from fixtures import vhd_images
 from imagekit.errors import CorruptImage, ImagekitError, InvalidImage, UnsupportedFeature
+from imagekit.formats import registry
 from imagekit.formats.base import DiskImage, ImageWriter, OpenOptions, WriterOptions
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.vhd import FORMAT, VhdImage
@@ -326,12 +328,43 @@ def test_other_disk_types_are_not_supported(disk_type: int) -> None:
         image_of(vhd_images.dynamic(BLOCK, {}, block_size=BLOCK, footer=footer))
 
 
-def test_a_size_that_is_no_whole_number_of_sectors_is_invalid() -> None:
-    with pytest.raises(InvalidImage, match="current size 4097 is not a multiple of 512"):
-        image_of(vhd_images.fixed(bytes(4608), vhd_images.Footer(size=4097, disk_type=2)))
+def test_another_version_of_footer_or_header_is_not_supported() -> None:
+    footer = dataclasses.replace(SOUND, version=0x00020000)
+    with pytest.raises(UnsupportedFeature, match="VHD footer has version 2"):
+        image_of(vhd_images.dynamic(BLOCK, {}, block_size=BLOCK, footer=footer))
+    data = bytearray(vhd_images.dynamic(BLOCK, {}, block_size=BLOCK))
+    data[536:540] = struct.pack(">I", 0x00000001)
+    data[512:1536] = vhd_images.with_checksum(bytes(data[512:1536]), 36)
+    with pytest.raises(UnsupportedFeature, match="VHD dynamic header has version 0"):
+        image_of(bytes(data))
+
+
+@pytest.mark.parametrize("disk_type", [vhd_images.FIXED, vhd_images.DYNAMIC])
+@pytest.mark.parametrize("size", [4097, 2040 * GiB + 512, 1 << 63, (1 << 64) - 512])
+def test_a_size_that_no_vhd_has_is_invalid(size: int, disk_type: int) -> None:
+    footer = vhd_images.Footer(size=size, disk_type=disk_type)
+    with pytest.raises(InvalidImage, match=f"current size {size}, expected a multiple of 512 up to 2040 GiB"):
+        image_of(bytes(4608) + footer.bytes())
 
 
 # --- blocks that lie -------------------------------------------------------------------------------------------
+
+
+def test_what_is_wrong_with_a_large_table_is_said_before_it_is_read() -> None:
+    """The table has 32 MiB; its first entry leads to the footer's copy."""
+    size, block = 2040 * GiB, 256 * KiB
+    head = vhd_images.Footer(size=size).bytes() + vhd_images.dynamic_header(entries=size // block, block_size=block)
+    file = MemoryFile(head + bytes(4))
+    file.truncate(40 * MiB)
+    file.pwrite(40 * MiB, vhd_images.Footer(size=size).bytes())
+    image = registry.find("vhd").open(file)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptImage, match=r"block 0 lies at 0x0\.\."):
+            next(image.extents())
+        assert tracemalloc.get_traced_memory()[1] < 8 * MiB
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

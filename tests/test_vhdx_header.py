@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+import tracemalloc
 import uuid
 
 import pytest
@@ -450,6 +451,20 @@ def locator_with(text: bytes, *, key: int = 0, length: int | None = None) -> byt
 def test_a_locator_that_cannot_be_is_refused(data: bytes, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         ParentLocator.parse(data)
+
+
+def test_a_locator_whose_texts_are_the_same_megabyte_again_and_again_is_refused_at_once() -> None:
+    """Read one by one, the texts would have 64 MiB."""
+    count, length = 1024, 65534
+    head = made.parent_locator([], count=count)
+    places = struct.pack("<IIHH", len(head) + 12 * count, len(head) + 12 * count, 2, length) * count
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptImage, match="texts that overlap"):
+            ParentLocator.parse(head + places + b"a\0" * (length // 2))
+        assert tracemalloc.get_traced_memory()[1] < MiB
+    finally:
+        tracemalloc.stop()
 
 
 def test_text_that_ends_in_zeros_ends_before_them() -> None:
