@@ -41,7 +41,7 @@ def read_spec_file(path: Path) -> SpecText:
     """
     text = read_regular_file(path, limit=MAX_SPEC_SIZE)
     try:
-        parse = _parse_json if path.suffix.lower() == ".json" else _parse_yaml
+        parse = _parse_json if path.suffix.lower() == ".json" else parse_yaml
         return parse(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InvalidSpec(f"not UTF-8 text: byte {error.start}", path=path) from None
@@ -79,7 +79,8 @@ _CoreLoader.add_implicit_resolver(f"{_TAG}bool", re.compile(r"^(?:true|True|TRUE
 _CoreLoader.add_implicit_resolver(f"{_TAG}int", re.compile(r"^-?(?:0|[1-9][0-9]*)$"), [*"-0123456789"])
 
 
-def _parse_yaml(text: str) -> SpecText:
+def parse_yaml(text: str) -> SpecText:
+    """The fields of a YAML mapping. Raises InvalidSpec."""
     try:
         node = yaml.compose(text, Loader=_CoreLoader)
     except yaml.MarkedYAMLError as error:

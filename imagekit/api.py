@@ -33,6 +33,7 @@ from imagekit.verify import first_difference
 if TYPE_CHECKING:
     from imagekit.bundle import Bundle, ConfigDrive
     from imagekit.disks import DiskReport
+    from imagekit.drive_check import DriveCheck
     from imagekit.guest import SpecLike
     from imagekit.launch.result import BootResult, Evidence
 
@@ -363,6 +364,13 @@ def build_config_drive(
 
     packing = Packing(media, disk or Packing.by_name(path).disk, partition)
     return write_config_drive(make_guest(spec, **guest), path, packing=packing, overwrite=overwrite, sync=sync)
+
+
+def check_config_drive(path: PathLike) -> DriveCheck:
+    """Read any medium of guest metadata: what is on it, who reads it, what is wrong. Holds no secret."""
+    from imagekit.drive_check import check_drive
+
+    return check_drive(path)
 
 
 _CONVERSION = (

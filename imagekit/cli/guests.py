@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from imagekit import api
+from imagekit.cli.drives import show_check
 from imagekit.cli.options import (
     Format,
     Image,
@@ -122,15 +123,29 @@ def configdrive(
     ui: Ui,
     guest: dict[str, Any],
     medium: dict[str, Any],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.", show_default=False)],
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The file to write.", show_default=False)] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            "--check", metavar="MEDIUM", help="Read a medium instead, and say what is on it and who reads it."
+        ),
+    ] = None,
     spec: Spec = None,
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
 ) -> None:
     """Write a config drive: ISO 9660 or VFAT, label config-2, as it is or in a disk.
 
-    It is read back and compared before it gets its name, and only its owner may read it.
+    It is read back and compared before it gets its name, and only its owner may read it. With --check nothing is
+    written: any medium is read, and exit 11 says that guests cannot use it.
     """
+    if check is not None:
+        if out is not None:
+            raise UsageError(f"--check reads {check}, and {out} would be written", hint="leave out one of them")
+        show_check(ui, check)
+        return
+    if out is None:
+        raise UsageError("no name for the medium", hint="name the file to write, or a medium to --check")
     if spec is None and guest["name"] is None:
         guest["name"] = "guest"
     drive = api.build_config_drive(spec, out, overwrite=overwrite, sync=not no_sync, **medium, **guest)

@@ -8,7 +8,7 @@ COMMANDS = frozenset(
 OPTIONS: dict[str, frozenset[str]] = {
     "info": frozenset(("--deep", "--hyperv")),
     "convert": frozenset(("--confined",)),
-    "configdrive": frozenset(("--datasource", "--check")),
+    "configdrive": frozenset(("--datasource",)),
     "prepare": frozenset(("--datasource",)),
     "boot": frozenset(("--rehearse", "--plan")),
 }
