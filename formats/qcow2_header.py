@@ -125,7 +125,7 @@ class Qcow2Header:
         if self.version not in (2, 3):
             raise UnsupportedFeature(
                 f"qcow version {self.version} (2 and 3 are read)",
-                hint="convert it with qemu-img convert first" if self.version == 1 else None,
+                hint="-f qcow --allow external-qemu-img has qemu-img read it" if self.version == 1 else None,
                 offset=4,
             )
         if not 9 <= self.cluster_bits <= 21:

@@ -30,6 +30,9 @@ NAMED_ONLY: tuple[tuple[str, int, bytes], ...] = (
 )
 """(name, offset, magic) of formats that are recognised so that they are never taken for raw."""
 
+BY_QEMU_IMG = ("qed", "parallels")
+"""Those of them that imagekit.qemu_img can have read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -115,9 +118,10 @@ def choose(file: File, claims: list[Claim], declared: str | None = None) -> Disk
         return formats()["raw"]
     name = claims[0].format
     if name not in formats():
+        other = f"-f {name} --allow external-qemu-img has qemu-img read it; " if name in BY_QEMU_IMG else ""
         raise UnsupportedFeature(
             f"this is a {name} image ({claims[0].found}), which imagekit does not read",
-            hint=f"formats read: {', '.join(formats())}; -f raw takes the bytes as they are",
+            hint=f"{other}formats read: {', '.join(formats())}; -f raw takes the bytes as they are",
             path=file.name,
         )
     return formats()[name]

@@ -217,7 +217,10 @@ def target_format(target: str | os.PathLike[str], options: ConvertOptions) -> Di
 
 def _not_written(name: str) -> UnsupportedFeature:
     writable = ", ".join(name for name, one in registry.formats().items() if one.subformats)
-    return UnsupportedFeature(f"imagekit does not write {name}", hint=f"formats written: {writable}")
+    from imagekit.qemu_img import EXTERNAL_TARGETS
+
+    other = f"; -O {name} --allow external-qemu-img has qemu-img write it" if name in EXTERNAL_TARGETS else ""
+    return UnsupportedFeature(f"imagekit does not write {name}", hint=f"formats written: {writable}{other}")
 
 
 def _write(

@@ -141,6 +141,8 @@ def rebase_disk(child: PathLike, parent: PathLike, options: ConvertOptions) -> D
             check_kinds(below, chosen)
             if same_file(child, parent):
                 raise UsageError("a disk cannot be its own parent", path=file.name)
+            if any(same_file(child, one.original.name) for one in below.below()):
+                raise UsageError("the new parent lies on this disk itself", path=file.name)
             check_identity(references[0], below.image, Path(parent), ignore=options.ignore_parent_id)
             apply(chosen.rebase(file, link), file)
             return _report(child, chosen, file, parent=os.fspath(parent))

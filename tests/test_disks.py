@@ -349,13 +349,14 @@ def test_another_disk_does_not_become_the_parent_unless_that_is_asked_for(fmt: s
         ("1.vhdx", "0.raw", UsageError, "must be a VHD or a VHDX"),
         ("1.vhdx", "plain.vhd", UsageError, "the parent is a vhd, its child a vhdx"),
         ("1.vhdx", "1.vhdx", UsageError, "its own parent"),
+        ("1.vhdx", "2.vhdx", UsageError, "lies on this disk itself"),
     ],
-    ids=["no child", "raw", "another format", "itself"],
+    ids=["no child", "raw", "another format", "itself", "its own child"],
 )
 def test_a_rebase_that_makes_no_sense_changes_nothing(
     child: str, parent: str, kind: type[Exception], words: str, tmp_path: Path
 ) -> None:
-    make_chain(tmp_path, "vhdx", 2)
+    make_chain(tmp_path, "vhdx", 3)
     imagekit.create(tmp_path / "plain.vhd", SIZE, sync=False)
     before = (tmp_path / child).read_bytes()
     with pytest.raises(kind, match=words):

@@ -119,7 +119,7 @@ def test_version_1_gets_a_hint_at_the_way_out() -> None:
     with pytest.raises(UnsupportedFeature) as caught:
         dataclasses.replace(SOUND, version=1).validate(1 << 30)
     assert caught.value.hint is not None
-    assert "qemu-img convert" in caught.value.hint
+    assert "-f qcow --allow external-qemu-img" in caught.value.hint
 
 
 # --- extensions ------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from imagekit.formats import registry
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.registry import NAMED_ONLY, Claim, by_suffix, choose, find, formats, probe
 from imagekit.plan import ConvertOptions
+from imagekit.qemu_img import EXTERNAL_SOURCES
 from imagekit.sources import open_source
 from tests.disks import content, noise
 from tests.samples import sample
@@ -115,6 +116,7 @@ def test_a_format_known_by_name_only_is_never_raw(name: str, offset: int, magic:
             choose(file, probe(file))
         assert caught.value.hint is not None
         assert "-f raw" in caught.value.hint
+        assert (f"-f {name} --allow external-qemu-img" in caught.value.hint) == (name in EXTERNAL_SOURCES)
 
 
 def test_a_file_that_is_two_things_has_two_answers() -> None:
