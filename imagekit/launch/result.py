@@ -5,7 +5,7 @@ The words are the contract of ``imagekit boot --output json``; fields are only e
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -27,8 +27,8 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 """The stages in the order in which a boot passes them."""
 
 Verdict = Literal["booted", "no-boot", "timeout", "unknown"]
-Source = Literal["console", "screen", "qemu", "imagekit"]
-"""Who said it: the serial port and the firmware's debug port, the text on the display, QEMU, or we."""
+Source = Literal["console", "screen", "qemu", "host", "imagekit"]
+"""Who said it: the serial port and the firmware's debug port, the text on the display, QEMU, a Hyper-V host, or we."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +49,17 @@ class Evidence:
 class BootResult:
     """The outcome of a boot; ``console`` and ``screenshot`` are files, or None when there is nothing."""
 
-    backend: Literal["qemu"]
+    backend: Literal["qemu", "hyperv"]
     verdict: Verdict
     stage: Stage
     evidence: tuple[Evidence, ...]
     console: Path | None
     screenshot: Path | None
     seconds: float
-    accelerator: Literal["kvm", "tcg"]
+    accelerator: Literal["kvm", "tcg"] | None
+    checks: dict[str, str] = field(default_factory=dict)
+    """On a Hyper-V host: running, heartbeat, address, serial, arp; each yes, no or unknown."""
+    addresses: tuple[str, ...] = ()
 
     def accepted(self, *, accept_unknown: bool) -> bool:
         """Whether the caller may go on; ``accept_unknown`` also takes a guest that says nothing readable."""
@@ -74,4 +77,6 @@ class BootResult:
             "screenshot": None if self.screenshot is None else str(self.screenshot),
             "seconds": round(self.seconds, 3),
             "accelerator": self.accelerator,
+            "checks": dict(self.checks),
+            "addresses": list(self.addresses),
         }
