@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from imagekit.disks import DiskReport
     from imagekit.drive_check import DriveCheck
     from imagekit.guest import SpecLike
+    from imagekit.launch.launcher import LaunchPlan
     from imagekit.launch.result import BootResult, Evidence
 
 PathLike = str | os.PathLike[str]
@@ -415,6 +416,7 @@ def boot(
     bundle: PathLike,
     *,
     on: str = "qemu",
+    rehearse: bool = False,
     timeout: float = 300.0,
     marker: str | None = None,
     allow_network: bool = False,
@@ -422,15 +424,19 @@ def boot(
     out: PathLike | None = None,
     on_event: Callable[[Evidence], None] | None = None,
     cancel: threading.Event | None = None,
+    **host: Any,
 ) -> BootResult:
-    """Boot a bundle and say how far it came; see :func:`imagekit.launch.rehearsal.rehearse`."""
-    from imagekit.launch.rehearsal import rehearse
+    """Boot a bundle and say how far it came.
 
-    if on != "qemu":
-        raise UnsupportedFeature(f"booting on {on!r} is not supported yet", hint="use on='qemu', the rehearsal")
-    return rehearse(
+    ``on`` is ``"qemu"``, a rehearsal (:func:`imagekit.launch.rehearsal.rehearse`), ``"hyperv"``, this computer, or
+    ``"hyperv://HOST"``; a host gets the files and the machine first. ``rehearse=True`` rehearses before that, and
+    nothing is sent unless it booted. ``host`` are fields of :class:`~imagekit.hyperv.stage.StageOptions` (``store``,
+    ``share``, …) and :class:`~imagekit.hyperv.connect.Connection` (``auth``, ``ca_file``, …).
+    """
+    from imagekit.launch.qemu import QemuLauncher
+
+    rehearsal = QemuLauncher(
         bundle,
-        timeout=timeout,
         marker=marker,
         allow_network=allow_network,
         accelerator=accelerator,
@@ -438,3 +444,38 @@ def boot(
         on_event=on_event,
         cancel=cancel,
     )
+    if on == "qemu":
+        if host:
+            raise UsageError(f"a rehearsal has no option {', '.join(sorted(host))}")
+        return rehearsal.wait(timeout)
+    from imagekit.hyperv.connect import is_hyperv, open_launcher
+
+    if not is_hyperv(on):
+        raise UsageError(f"booting on {on!r}", hint="use qemu, hyperv or hyperv://HOST")
+    if rehearse:
+        result = rehearsal.wait(timeout)
+        if result.verdict != "booted":
+            return result
+    host.setdefault("control", Control(None, cancel))
+    stage = open_launcher(
+        bundle, on, marker=marker, out=None if out is None else Path(out), on_event=on_event, **host
+    )
+    try:
+        stage.create()
+        stage.start()
+        return stage.wait(timeout)
+    finally:
+        stage.close()
+
+
+def plan_boot(bundle: PathLike, *, on: str = "qemu", **host: Any) -> LaunchPlan:
+    """What :func:`boot` would run, complete; nothing is started or sent, and no host is asked."""
+    if on == "qemu":
+        from imagekit.launch.qemu import QemuLauncher
+
+        return QemuLauncher(bundle).plan()
+    from imagekit.hyperv.connect import is_hyperv, plan_launch
+
+    if not is_hyperv(on):
+        raise UsageError(f"booting on {on!r}", hint="use qemu, hyperv or hyperv://HOST")
+    return plan_launch(bundle, on, **host)

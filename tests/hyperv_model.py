@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from imagekit.hyperv.contract import check_parameters, judge
 from imagekit.hyperv.request import Family
 from imagekit.hyperv.transport import HostError, TransportError
 
@@ -86,9 +87,13 @@ class ModelHost:
         """Told of every operation before it takes effect: what somebody else does at that moment."""
         self._next = 0
 
+    def close(self) -> None:
+        pass
+
     def call(self, operation: str, parameters: Mapping[str, Any], *, timeout: float = 0) -> dict[str, Any]:
         if self.dead:
             raise Killed
+        check_parameters(operation, parameters)
         fault = self.faults.pop(0, None)
         self.faults = {number - 1: one for number, one in self.faults.items()}
         if self.before is not None:
@@ -108,7 +113,7 @@ class ModelHost:
             raise TransportError("the answer was lost")
         if fault == "killed-after":
             self._die()
-        return answer
+        return judge(operation, {"ok": True, "result": answer}, self.target)
 
     def _die(self) -> None:
         self.dead = True

@@ -9,6 +9,7 @@ import typer
 
 from imagekit import api
 from imagekit.cli.drives import show_check
+from imagekit.cli.hyperv import connection_options, describe_plan, events, finish, place_options
 from imagekit.cli.options import (
     Format,
     Image,
@@ -25,7 +26,7 @@ from imagekit.errors import BootFailed, UsageError
 from imagekit.workers import keep_freed_memory
 
 if TYPE_CHECKING:
-    from imagekit.launch.result import BootResult, Evidence
+    from imagekit.launch.result import BootResult
 
 app = typer.Typer()
 
@@ -243,11 +244,24 @@ def _generation(text: str | None) -> object:
 
 
 @app.command()
-@command()
+@command(connection=connection_options, where=place_options)
 def boot(
     ui: Ui,
+    connection: dict[str, Any],
+    where: dict[str, Any],
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that prepare made.", show_default=False)],
-    on: Annotated[str, typer.Option("--on", metavar="qemu", help="Where to boot.")] = "qemu",
+    on: Annotated[
+        str,
+        typer.Option(
+            "--on",
+            metavar="qemu|hyperv|hyperv://HOST",
+            help="Where to boot: a rehearsal in QEMU, this computer's Hyper-V, or a host by WinRM.",
+        ),
+    ] = "qemu",
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Before a host gets anything: rehearse, and stop unless it boots.")
+    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would be run; run nothing.")] = False,
     timeout: Annotated[float, typer.Option("--timeout", metavar="S", help="Give up after so many seconds.")] = 300.0,
     marker: Annotated[
         str | None, typer.Option("--marker", metavar="TEXT", help="Text the guest prints when all is well.")
@@ -266,34 +280,39 @@ def boot(
         typer.Option("--out", metavar="DIR", help="Folder for console log and screenshot; default: BUNDLE."),
     ] = None,
 ) -> None:
-    """Rehearse the boot of a bundle in QEMU.
+    """Boot a bundle: rehearsed in QEMU, or on a Hyper-V host.
 
     The bundle's files are not changed. Exit 17 when it did not boot or nobody can tell.
     """
     if accelerator not in ("auto", "kvm", "tcg"):
         raise UsageError(f"accelerator {accelerator!r}", hint="choose auto, kvm or tcg")
+    host = {} if on == "qemu" else {**connection, **where, "say": ui.warn}
+    if plan:
+        made = api.plan_boot(bundle, on=on, **({} if on == "qemu" else {**connection, **where}))
+        ui.result(made.to_json(), lambda: describe_plan(made))
+        return
     result = api.boot(
         bundle,
         on=on,
+        rehearse=rehearse,
         timeout=timeout,
         marker=marker,
         allow_network=allow_network,
         accelerator=cast(Literal["auto", "kvm", "tcg"], accelerator),
         out=out,
-        on_event=None if ui.quiet or ui.progress == "none" else lambda event: ui.say(describe_event(event)),
+        on_event=events(ui),
+        **host,
     )
+    if result.backend == "hyperv":
+        finish(ui, bundle, result, accept_unknown=accept_unknown)
+        return
     ui.result(result.to_json(), lambda: describe_boot(result))
-    if not result.accepted(accept_unknown=accept_unknown):
+    if not result.accepted(accept_unknown=accept_unknown) or on != "qemu":
         raise BootFailed(
             f"verdict {result.verdict}, at stage {result.stage}",
             path=bundle,
             hint=f"look at {result.screenshot or 'the console'} and {result.console or 'at nothing: it was silent'}",
         )
-
-
-def describe_event(event: Evidence) -> str:
-    """A line of evidence as it comes in."""
-    return f"{event.second:7.1f} s  {event.stage:<10}  {event.line}"
 
 
 def describe_boot(result: BootResult) -> str:

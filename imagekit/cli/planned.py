@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 COMMANDS = frozenset(
-    ("batch", "cache", "hyperv", "upload"),
+    ("batch", "cache", "upload"),
 )
 OPTIONS: dict[str, frozenset[str]] = {
     "info": frozenset(("--deep", "--hyperv")),
     "convert": frozenset(("--confined",)),
     "configdrive": frozenset(("--datasource",)),
     "prepare": frozenset(("--datasource",)),
-    "boot": frozenset(("--rehearse", "--plan")),
 }

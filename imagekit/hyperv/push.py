@@ -63,7 +63,7 @@ def check_route(host: Host, store: str, items: list[Item], share: Path | None) -
             if item.size >= WINRM_LIMIT:
                 raise UsageError(
                     f"{item.source.name} has {item.size} bytes: WinRM itself takes files below {WINRM_LIMIT} only",
-                    hint="mount the host's folder here and name it: --share FOLDER (the folder that --store is there)",
+                    hint="mount the host's folder here and name it: --share FOLDER (the one that --store is there)",
                 )
 
 

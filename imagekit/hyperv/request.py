@@ -34,7 +34,7 @@ MAX_CPUS: dict[Family, int] = {"2008r2": 4, "2012": 64, "2012r2": 64, "2016": 20
 
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
 _RESERVED = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?", re.IGNORECASE)
-_NOT_IN_SWITCH = frozenset("*?[]`$\"<>|;\\/")
+_NOT_IN_SWITCH = frozenset('*?[]`$"<>|;\\/')
 _NOT_IN_PATH = frozenset('"*?<>|[]/`$;')
 _KVP_NAME = re.compile(r"[A-Za-z0-9._-]+")
 

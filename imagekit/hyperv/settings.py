@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import ntpath
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from imagekit.hyperv import operations
+from imagekit.hyperv.contract import OPERATIONS, check_parameters
+from imagekit.hyperv.host import Host
+from imagekit.hyperv.push import Item
 from imagekit.hyperv.request import Place, data_source_hint, kvp_pairs, slot_of
+from imagekit.launch.launcher import LaunchPlan, PlannedStep
 from imagekit.machine import Machine
 
+RUN, MACHINE_ID = "RUN", "MACHINE-ID"
+"""In a plan: what only a run knows."""
 TEMPLATES = {"off": None, "linux": "MicrosoftUEFICertificateAuthority", "windows": "MicrosoftWindows"}
 
 
@@ -57,5 +66,54 @@ def settings_of(machine: Machine, where: Place, *, datasource: str | None = None
     return settings
 
 
-def plan_of(*args: Any) -> Any:
-    raise NotImplementedError
+def plan_of(
+    machine: Machine, where: Place, items: Sequence[Item], host: Host, settings: Mapping[str, Mapping[str, Any]]
+) -> LaunchPlan:
+    """Every step of push, create and start in order, each with its script and exactly what it is told.
+
+    Two values only a run knows: the id that the host gives the machine, and the nonce in the name of a ``.part``.
+    """
+    asked: list[tuple[str, str, Mapping[str, Any]]] = [
+        ("find", "the machine must not be there", find_parameters(machine, where)),
+        ("preflight", "", preflight_parameters(machine, ntpath.dirname(where.folder))),
+        ("make-folder", "", {"path": where.folder}),
+    ]
+    for item in items:
+        part = f"{item.target}.{RUN}.part"
+        asked += [
+            ("file-info", "", {"path": item.target, "hash": True, "size": item.size}),
+            ("publish-file", f"after {item.source.name} was copied to the .part", _publishing(item, part)),
+        ]
+    asked.append(("create", "", settings["create"]))
+    asked += [(name, "", {"id": MACHINE_ID, **settings[name]}) for name in ("configure", "attach", "finish")]
+    asked.append(("start", "", {"id": MACHINE_ID}))
+    asked.append(("observe", "again and again", {"id": MACHINE_ID, "macs": [nic.mac for nic in machine.nics]}))
+    steps = [_step(name, more, parameters, host) for name, more, parameters in asked]
+    notes = []
+    if host.family == "2008r2":
+        notes.append(operations.PLAN_ONLY)
+    return LaunchPlan("hyperv", host.target, tuple(steps), tuple(notes))
+
+
+def find_parameters(machine: Machine, where: Place) -> dict[str, Any]:
+    return {"uuid": str(machine.uuid), "name": machine.name, "folder": where.folder}
+
+
+def preflight_parameters(machine: Machine, store: str) -> dict[str, Any]:
+    return {
+        "store": store,
+        "bytes": sum(medium.size for medium in machine.media),
+        "memory": machine.memory,
+        "switches": sorted({nic.switch for nic in machine.nics if nic.switch is not None}),
+    }
+
+
+def _publishing(item: Item, part: str) -> dict[str, Any]:
+    return {"part": part, "path": item.target, "size": item.size, "sha256": item.sha256}
+
+
+def _step(name: str, more: str, parameters: Mapping[str, Any], host: Host) -> PlannedStep:
+    check_parameters(name, parameters)
+    request = operations.request(name, host.family, parameters)
+    does = "; ".join(filter(None, [OPERATIONS[name].does, more]))
+    return PlannedStep(name, does, script=request.script, script_name=request.script_name, data=dict(parameters))

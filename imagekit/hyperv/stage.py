@@ -3,8 +3,8 @@
     preflight ─▶ push ─▶ create ─▶ configure ─▶ ready ─▶ start ─▶ wait … eject, stop, delete
 
 Every step may be repeated. What makes a machine ours is the uuid in its notes; beside it stand a digest of what was
-asked for and whether it is complete. A step that fails undoes what this run made and nothing else; where the host does
-not answer any more, the error says what may be left and the journal remembers it.
+asked for and whether it is complete. A step that fails undoes what this run made and nothing else; where the host
+does not answer any more, the error says what may be left and the journal remembers it.
 
 The order of cmdlets lies in the scripts; what was asked for, in which order, and what becomes of failures lies here.
 """
@@ -25,7 +25,7 @@ from imagekit.hyperv.journal import NAME as JOURNAL
 from imagekit.hyperv.journal import Journal
 from imagekit.hyperv.push import Item, check_route, push_file
 from imagekit.hyperv.request import Place, check, check_host_path
-from imagekit.hyperv.settings import plan_of, settings_of
+from imagekit.hyperv.settings import find_parameters, plan_of, preflight_parameters, settings_of
 from imagekit.hyperv.undo import ours, remove, settle, try_remove
 from imagekit.hyperv.waiting import Waiter
 from imagekit.launch.launcher import LaunchPlan, OnEvent
@@ -66,10 +66,10 @@ class Outcome:
 class HyperVLauncher:
     """The launcher of a bundle on ``host``."""
 
-    def __init__(self, bundle: str | os.PathLike[str], host: Host, options: StageOptions = StageOptions()) -> None:  # noqa: B008
+    def __init__(self, bundle: str | os.PathLike[str], host: Host, options: StageOptions | None = None) -> None:
         folder = Path(bundle)
         self._folder = folder.parent if folder.name == FILE_NAME else folder
-        self._host, self._options = host, options
+        self._host, self._options = host, options or StageOptions()
         self.machine = Machine.load(self._folder)
         self._uuid = str(self.machine.uuid)
         self._known_store: str | None = None
@@ -159,9 +159,15 @@ class HyperVLauncher:
             if machines and not journal.present("machine"):
                 # Made from another computer, or the journal is lost: the notes say it is ours all the same.
                 journal.begin("machine", self._uuid)
-            self.outcome.done += [f"removed {what}" for what in remove(self._host, journal, journal.present(), machines)]
+            self.outcome.done += [
+                f"removed {what}" for what in remove(self._host, journal, journal.present(), machines)
+            ]
         if not self.outcome.done:
             self._say("nothing of this bundle is on the host")
+
+    def close(self) -> None:
+        """Say goodbye to the host."""
+        self._host.close()
 
     # --- the steps ---
 
@@ -211,7 +217,7 @@ class HyperVLauncher:
     def _push(self, journal: Journal, where: Place) -> None:
         host, options = self._host, self._options
         store = self._store()
-        found = host.call("preflight", self._preflight(where, store))
+        found = host.call("preflight", preflight_parameters(self.machine, store))
         if found["problems"]:
             raise TargetError(
                 f"{host.target}: " + "; ".join(str(problem["message"]) for problem in found["problems"]),
@@ -220,9 +226,7 @@ class HyperVLauncher:
         self._make_folder(journal, where)
         for item in self._items(where):
             control = options.control
-            sent = push_file(
-                host, journal, item, run=journal.run, share=options.share, store=store, control=control
-            )
+            sent = push_file(host, journal, item, run=journal.run, share=options.share, store=store, control=control)
             self._say(f"{'sent' if sent else 'found'} {item.target}")
 
     def _make_folder(self, journal: Journal, where: Place) -> None:
@@ -287,8 +291,7 @@ class HyperVLauncher:
         ]
 
     def _find(self, where: Place) -> list[dict[str, Any]]:
-        asked = {"uuid": self._uuid, "name": self.machine.name, "folder": where.folder}
-        return list(self._host.call("find", asked)["machines"])
+        return list(self._host.call("find", find_parameters(self.machine, where))["machines"])
 
     def _ours(self, where: Place) -> list[dict[str, Any]]:
         return ours(self._find(where), uuid=self._uuid, name=self.machine.name, folder=where.folder)
@@ -301,14 +304,6 @@ class HyperVLauncher:
                 hint="make it with `imagekit hyperv create`",
             )
         return machines[0]
-
-    def _preflight(self, where: Place, store: str) -> dict[str, Any]:
-        return {
-            "store": store,
-            "bytes": sum(medium.size for medium in self.machine.media),
-            "memory": self.machine.memory,
-            "switches": sorted({nic.switch for nic in self.machine.nics if nic.switch is not None}),
-        }
 
     def _settings(self, where: Place) -> dict[str, dict[str, Any]]:
         return settings_of(self.machine, where, datasource=self._options.datasource)

@@ -42,7 +42,7 @@ def settle(host: Host, journal: Journal, digests: Mapping[str, tuple[int, str]])
 
 
 def remove(host: Host, journal: Journal, entries: Iterable[Entry], machines: list[dict[str, Any]]) -> list[str]:
-    """Remove what ``entries`` name, in their order; returns what was removed. ``machines`` are those that are ours."""
+    """Remove what ``entries`` name, in their order; returns what was removed. ``machines``: those that are ours."""
     removed = []
     for entry in entries:
         if entry.kind == "machine":
@@ -89,7 +89,10 @@ def _is_part(path: str) -> bool:
 
 def _part_of(entry: Entry, journal: Journal) -> str | None:
     for other in journal.present("file"):
-        if _is_part(other.what) and other.run == entry.run and other.what.lower().startswith(entry.what.lower() + "."):
+        if (
+            _is_part(other.what)
+            and other.run == entry.run
+            and other.what.lower().startswith(entry.what.lower() + ".")
+        ):
             return other.what
     return None
-

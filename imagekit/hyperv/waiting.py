@@ -12,7 +12,7 @@ import binascii
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from imagekit.errors import Cancelled
 from imagekit.hyperv.host import Host

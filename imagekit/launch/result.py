@@ -28,7 +28,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 Verdict = Literal["booted", "no-boot", "timeout", "unknown"]
 Source = Literal["console", "screen", "qemu", "host", "imagekit"]
-"""Who said it: the serial port and the firmware's debug port, the text on the display, QEMU, a Hyper-V host, or we."""
+"""Who said it: the serial port and the firmware's debug port, the text on the display, QEMU, the host, or we."""
 
 
 @dataclass(frozen=True, slots=True)
