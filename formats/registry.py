@@ -33,6 +33,9 @@ NAMED_ONLY: tuple[tuple[str, int, bytes], ...] = (
 BY_QEMU_IMG = ("qed", "parallels")
 """Those of them that imagekit.qemu_img can have read."""
 
+BESIDE: tuple[tuple[str, int, bytes], ...] = (("mbr", 0x1FE, b"\x55\xaa"), ("iso9660", 0x8001, b"CD001"))
+"""What a raw disk may well have, and an image must not have as well: another program would read it as a raw disk."""
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -105,7 +108,21 @@ def probe(file: File) -> list[Claim]:
     for name, offset, magic in NAMED_ONLY:
         if name not in formats() and head[offset : offset + len(magic)] == magic:
             claims.append(Claim(name, f"{name} magic at {offset:#x}"))
-    return claims
+    return claims + _beside(file, claims)
+
+
+def _beside(file: File, claims: list[Claim]) -> list[Claim]:
+    """Partition tables and file systems that lie in an image as if it were a raw disk.
+
+    In a fixed VHD they are the guest's own, and where they belong.
+    """
+    if not claims or (claims[0].format == "vhd" and file.pread(0, 8) != b"conectix"):
+        return []
+    return [
+        Claim(name, f"{name} magic at {offset:#x}")
+        for name, offset, magic in BESIDE
+        if file.pread(offset, len(magic)) == magic
+    ]
 
 
 def choose(file: File, claims: list[Claim], declared: str | None = None) -> DiskFormat:
