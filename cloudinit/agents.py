@@ -278,9 +278,7 @@ def _yaml(data: bytes, path: str) -> Mapping[str, Any]:
 
 
 def _cloudbase_init_config_drive(medium: Medium) -> tuple[str, dict[str, Any]]:
-    raw_iso = medium.disk and medium.file_system == "iso9660"
-    if not raw_iso:  # an ISO on a hard disk is taken whatever its label is
-        _need_label(medium, "config-2", ignore_case=True)
+    _need_label_in_windows(medium, "config-2")
     tree = _without_case(medium.windows)
     meta = _fields(_content(tree, f"{LATEST}/meta_data.json"), f"{LATEST}/meta_data.json")
     inner = meta.get("meta")
@@ -304,6 +302,16 @@ def _cloudbase_init_config_drive(medium: Medium) -> tuple[str, dict[str, Any]]:
     return _windows_way(medium), {**facts, **_network({**network, "networks": static}), "adapters-renamed-to": names}
 
 
+def _need_label_in_windows(medium: Medium, label: str) -> None:
+    """An ISO on a hard disk is taken whatever its label is, VFAT on a raw disk goes by mtools' word for it."""
+    if medium.disk and medium.file_system == "iso9660":
+        return
+    if medium.file_system == "vfat" and not medium.partitioned:
+        _need_label(medium, label, label.upper())
+    else:
+        _need_label(medium, label, ignore_case=True)
+
+
 def _windows_way(medium: Medium) -> str:
     if medium.file_system == "iso9660":
         return "as ISO 9660 on a hard disk, whatever its label" if medium.disk else "by its label, on a DVD"
@@ -316,7 +324,7 @@ def _without_case(tree: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def _cloudbase_init_no_cloud(medium: Medium) -> tuple[str, dict[str, Any]]:
-    _need_label(medium, "cidata", ignore_case=True)
+    _need_label_in_windows(medium, "cidata")
     tree = _without_case(medium.windows)
     meta = _yaml(_content(tree, "meta-data"), "meta-data")
     facts = {

@@ -23,6 +23,9 @@ from imagekit.errors import InvalidSpec, SourceError
 MAX_SPEC_SIZE = 1 << 20
 """Bytes of a spec file; user data inside it is at most 64 KiB."""
 
+MAX_NESTING = 256
+"""Lists and mappings in one another, in brackets."""
+
 FieldPath = tuple[str | int, ...]
 
 
@@ -81,6 +84,8 @@ _CoreLoader.add_implicit_resolver(f"{_TAG}int", re.compile(r"^-?(?:0|[1-9][0-9]*
 
 def parse_yaml(text: str) -> SpecText:
     """The fields of a YAML mapping. Raises InvalidSpec."""
+    if _brackets(text) > MAX_NESTING:  # PyYAML would take the square of their number
+        raise InvalidSpec("nested too deep")
     try:
         node = yaml.compose(text, Loader=_CoreLoader)
     except yaml.MarkedYAMLError as error:
@@ -94,6 +99,15 @@ def parse_yaml(text: str) -> SpecText:
         raise InvalidSpec(f"not valid YAML: {getattr(error, 'reason', 'unreadable')}") from None
     builder = _Builder()
     return SpecText(_fields(None if node is None else builder.value(node, ())), builder.lines)
+
+
+def _brackets(text: str) -> int:
+    """How many brackets are open at once, at most; those inside of quotes count too."""
+    most = depth = 0
+    for sign in re.findall(r"[\[\]{}]", text):
+        depth = depth + 1 if sign in "[{" else max(0, depth - 1)
+        most = max(most, depth)
+    return most
 
 
 class _Builder:

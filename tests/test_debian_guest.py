@@ -7,8 +7,10 @@ import os
 import secrets
 import struct
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from uuid import uuid4
 
 import pytest
 
@@ -51,44 +53,95 @@ def test_the_guests_loader_is_shim_in_the_name_of_the_uefi_ca(debian_guest: Path
     assert (found.found, found.signed, found.signer) == (True, True, "linux")
 
 
-@pytest.mark.parametrize("generation", [1, 2])
-def test_cloud_init_sets_the_hostname_and_runs_the_user_data_from_our_drive(
-    debian_guest: Path, tmp_path: Path, generation: Literal[1, 2]
-) -> None:
-    """The guest itself says on its serial port what it was told and by which data source.
+@dataclass(frozen=True)
+class Drive:
+    """A kind of config drive, the generation to try it on, and the device that the guest must have read it from."""
+
+    generation: Literal[1, 2]
+    media: Literal["iso", "vfat"]
+    disk: Literal["vhd", "vhdx"] | None
+    name: str
+    device: str
+
+
+DRIVES = {
+    "ISO on an IDE DVD": Drive(1, "iso", None, "web1-config.iso", "/dev/sr0"),
+    "ISO on a SCSI DVD": Drive(2, "iso", None, "web1-config.iso", "/dev/sr0"),
+    "VFAT in a VHDX": Drive(1, "vfat", "vhdx", "web1-config.vhdx", "/dev/sdb1"),
+    "raw ISO in a VHDX": Drive(2, "iso", "vhdx", "web1-config.vhdx", "/dev/sdb"),
+}
+
+MAC = "02:15:5d:0a:0b:0c"
+NETWORK = {
+    "links": [{"id": "eth0", "mac": MAC, "mtu": 1400}],
+    "networks": [
+        {"link": "eth0", "type": "ipv4", "address": "192.0.2.10/24", "gateway": "192.0.2.1"},
+        {"link": "eth0", "type": "ipv6", "address": "2001:db8::10/64", "gateway": "2001:db8::1"},
+    ],
+    "dns": ["192.0.2.53"],
+}
+REPORT = """\
+#cloud-config
+write_files:
+  - path: /root/report
+    content: |
+      nic=$(ip -o link | grep -i {mac} | cut -d: -f2 | tr -d " ")
+      addresses=$(ip -o addr show dev $nic scope global | awk '{{print $4}}' | sort | tr "\\n" ,)
+      gateways=$({{ ip -4 route; ip -6 route; }} | awk '/^default/ {{print $3}}' | tr "\\n" ,)
+      echo "{proof} id=$(cat /var/lib/cloud/data/instance-id) host=$(hostname)" \\
+        "addresses=$addresses gateways=$gateways mtu=$(cat /sys/class/net/$nic/mtu)" \\
+        "key=$(cut -d" " -f2 /home/debian/.ssh/authorized_keys)" \\
+        "identified=$(grep -o "Found single datasource: .*" /run/cloud-init/ds-identify.log | cut -d" " -f4)" \\
+        "source=$(cat /var/lib/cloud/instance/datasource)" > /dev/ttyS0
+runcmd:
+  - [sh, /root/report]
+"""
+
+
+@pytest.mark.parametrize("drive", DRIVES.values(), ids=DRIVES)
+def test_cloud_init_takes_everything_from_our_drive(debian_guest: Path, tmp_path: Path, drive: Drive) -> None:
+    """The guest itself says on its serial port what it is, who may log in, its network, and where all that is from.
 
     The nonce is new in every run, so the line cannot come from anywhere but this run's user data; NoCloud is
     enabled in the guest as well, so ConfigDrive in the line means that the drive was recognised as what it is.
     Generation 2 is what the image gets by itself, with Secure Boot, which its kernel must confirm.
     """
-    if generation == 2:
+    if drive.generation == 2:
         need_firmware_with_keys()
     nonce = secrets.token_hex(8)
-    hostname = f"web-{nonce}"
-    proof = f"PROOF-{nonce}"
-    report = f'echo "{proof} $(hostname) $(cat /var/lib/cloud/instance/datasource)" > /dev/ttyS0'
+    hostname, proof, key, uuid = f"web-{nonce}.example", f"PROOF-{nonce}", public_key(), str(uuid4())
     bundle = imagekit.prepare(
         debian_guest,
         out=tmp_path / "bundle",
         name="web1",
+        uuid=uuid,
         hostname=hostname,
-        ssh_keys=[public_key()],
-        user_data=f"#cloud-config\nruncmd:\n  - [sh, -c, '{report}']\n",
-        machine={"generation": "auto" if generation == 2 else 1},
+        ssh_keys=[key],
+        network=NETWORK,
+        user_data=REPORT.format(proof=proof, mac=MAC),
+        machine={"generation": "auto" if drive.generation == 2 else 1},
+        media=drive.media,
+        disk=drive.disk,
     )
-    assert bundle.machine.generation == generation
+    assert bundle.machine.generation == drive.generation
+    assert bundle.machine.media[1].path == drive.name
     result = imagekit.boot(bundle, on="qemu", timeout=TIMEOUT, marker=proof)
     assert (result.verdict, result.stage) == ("booted", "marker"), result.to_json()
     assert result.console is not None
     console = result.console.read_text(errors="replace").splitlines()
     (line,) = (line for line in console if line.startswith(proof))
     print(f"\n{line}\n{result.seconds:.0f} s, {result.accelerator}")  # with pytest -s, for the record
-    assert line.split()[1] == hostname
-    assert "DataSourceConfigDrive" in line and "/dev/sr0" in line
+    said = dict(part.split("=", 1) for part in line.split()[1:] if "=" in part)
+    assert (said["id"], said["host"]) == (uuid, hostname.split(".")[0])
+    assert said["key"] == key.split()[1]
+    assert said["addresses"] == "192.0.2.10/24,2001:db8::10/64,"
+    assert (said["gateways"], said["mtu"]) == ("192.0.2.1,2001:db8::1,", "1400")
+    assert said["identified"] == "ConfigDrive"
+    assert "DataSourceConfigDrive" in line and f"source={drive.device}]" in line
     assert {"kernel", "init", "cloud-init"} <= {item.stage for item in result.evidence}
-    said = [item.line for item in result.evidence]
-    assert any("Secure boot enabled" in line or "Secure Boot is enabled" in line for line in said) == (
-        generation == 2
+    seen = [item.line for item in result.evidence]
+    assert any("Secure boot enabled" in line or "Secure Boot is enabled" in line for line in seen) == (
+        drive.generation == 2
     )
 
 

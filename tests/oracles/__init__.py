@@ -65,7 +65,7 @@ print(digest.hexdigest())
 def need_tool(name: str) -> str:
     """The path of the program ``name``; without it the test is skipped, or fails under CI."""
     everywhere = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
-    return shutil.which(name, path=everywhere) or _missing(f"{name} is not installed")
+    return shutil.which(name, path=everywhere) or missing(f"{name} is not installed")
 
 
 def need_venv(name: str) -> Path:
@@ -74,7 +74,7 @@ def need_venv(name: str) -> Path:
         return _environment(name)
     except subprocess.CalledProcessError as error:
         last_words = " ".join((error.stderr or "").split("\n")[-3:])
-        _missing(f"tests/oracles/{name}.txt cannot be installed: {last_words}")
+        missing(f"tests/oracles/{name}.txt cannot be installed: {last_words}")
 
 
 def qemu_img_md5(path: Path, fmt: str, **options: str) -> str:
@@ -104,7 +104,8 @@ def vhdi_md5(path: Path, *, parent: Path | None = None) -> str:
     return _run(_SYSTEM_PYTHON, "-c", _VHDI_MD5, str(path), *parents).strip()
 
 
-def _missing(what: str) -> NoReturn:
+def missing(what: str) -> NoReturn:
+    """Skip the test, or fail it under CI."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"{what}, and under CI no oracle may be missing", pytrace=False)
     pytest.skip(what)
@@ -147,4 +148,4 @@ def _libvhdi_is_there() -> bool:
 
 def _need_libvhdi() -> None:
     if not _libvhdi_is_there():
-        _missing("libvhdi is not installed (Debian: python3-libvhdi)")
+        missing("libvhdi is not installed (Debian: python3-libvhdi)")

@@ -55,6 +55,34 @@ sys.exit(main(sys.argv))
 """
 
 
+_IDENTIFY = """
+DI_MAIN=noop
+. "$1"
+medium=$2 offset=$3
+is_container() { return 1; }
+blkid() { command blkid -p -O "$offset" -o export "$medium"; }
+read_fs_info
+for source in ConfigDrive NoCloud; do
+    if dscheck_$source; then echo "FOUND $source"; fi
+done
+echo ASKED
+"""
+
+
+def ds_identify(disk: Path, offset: int = 0) -> set[str]:
+    """The data sources that ds-identify finds where the only file system is the one at ``offset`` of ``disk``."""
+    script = _packages().parents[1] / "cloud-init/ds-identify"
+    done = subprocess.run(
+        ["/bin/sh", "-c", _IDENTIFY, "sh", str(script), str(disk), str(offset)],
+        capture_output=True,
+        text=True,
+        env=_ENVIRONMENT,
+    )
+    if "ASKED" not in done.stdout:
+        pytest.fail(f"ds-identify failed: {done.stderr.strip()}")
+    return {line.split()[1] for line in done.stdout.splitlines() if line.startswith("FOUND ")}
+
+
 def read_config_drive(folder: Path, *, nics: dict[str, str]) -> dict[str, Any]:
     """What the ConfigDrive data source says; the drive's files are in ``folder``/seed/config_drive.
 
