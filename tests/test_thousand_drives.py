@@ -14,16 +14,15 @@ from tests.cloudinit_specs import FULL
 
 pytestmark = pytest.mark.slow
 
-COUNT = 1000
 WARM_UP = 50
 
 
-@pytest.mark.parametrize("name", ["drive.iso", "drive.img", "drive.vhdx"])
-def test_a_thousand_drives_take_no_more_memory_than_fifty(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "count"), [("drive.iso", 1000), ("drive.img", 200), ("drive.vhdx", 200)])
+def test_a_thousand_drives_take_no_more_memory_than_fifty(tmp_path: Path, name: str, count: int) -> None:
     """Every one is rendered, written, read back and published; each has a guest of its own."""
     before, started = 0, time.monotonic()
     digests = set()
-    for number in range(COUNT):
+    for number in range(count):
         if number == WARM_UP:
             before = resident()
         spec = {**FULL, "uuid": f"00000000-0000-4000-8000-{number + 1:012x}", "name": f"web{number}"}
@@ -32,8 +31,8 @@ def test_a_thousand_drives_take_no_more_memory_than_fifty(tmp_path: Path, name: 
         digests.add(drive.sha256)
     seconds = time.monotonic() - started
     grown = resident() - before
-    print(f"\n{name}: {COUNT / seconds:.0f} a second, {resident() >> 20} MiB resident, grown by {grown >> 10} KiB")
-    assert len(digests) == COUNT
+    print(f"\n{name}: {count / seconds:.0f} a second, {resident() >> 20} MiB resident, grown by {grown >> 10} KiB")
+    assert len(digests) == count
     assert grown < 16 << 20
 
 
