@@ -13,8 +13,8 @@ python := $(bin)/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-all lint bench lock clean
 .PHONY: venv tools-demo tools-test tools-all tools-bench erase-coverage ruff mypy mypy-win32 imports
+.PHONY: help demo test test-slow test-all test-nova lint bench lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -36,6 +36,9 @@ test-all: JOBS = 0
 test-all: erase-coverage test test-slow ## all tests, with coverage
 	$(bin)/coverage combine --quiet
 	$(bin)/coverage report
+
+test-nova: venv tools-all ## real Nova and compute-hyperv with our utilities plugged in
+	$(python) -m pytest -ra tests/test_against_nova.py
 
 erase-coverage: venv
 	@$(bin)/coverage erase

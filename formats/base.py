@@ -558,6 +558,13 @@ class DiskFormat(Protocol):
         """The changes that make the differencing disk in ``file`` name another parent, whatever that holds."""
         raise UnsupportedFeature(f"imagekit does not change the parent of {self.name} images")
 
+    def identify(self, file: File, identifier: uuid.UUID) -> Iterable[Change]:
+        """The changes that give the disk in ``file`` another id; its content is not touched.
+
+        A guest knows the disk by it, and the children of a VHD know their parent by it: give it to a fresh copy.
+        """
+        raise UnsupportedFeature(f"imagekit does not change the id of {self.name} images")
+
     def absorb(self, file: File, child: DiskImage) -> Iterable[Change]:
         """The changes that put into ``file`` what ``child``, at least as large, holds itself (extents of depth 0).
 

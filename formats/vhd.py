@@ -468,6 +468,11 @@ class VhdFormat(DiskFormat):
 
         return rebase(file, parent)
 
+    def identify(self, file: File, identifier: uuid.UUID) -> Iterable[Change]:
+        from imagekit.formats.vhd_change import identify
+
+        return identify(file, identifier)
+
     def absorb(self, file: File, child: DiskImage) -> Iterable[Change]:
         from imagekit.formats.vhd_merge import absorb
 

@@ -20,6 +20,7 @@ Not here: smaller files for disks that became smaller.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -69,6 +70,15 @@ def rebase(file: File, parent: ParentLink) -> Iterable[Change]:
     work = Workspace(image)
     work.name_parent(encode_names(parent, xen=xen), parent)
     return _rebased(work)
+
+
+def identify(file: File, identifier: uuid.UUID) -> Iterable[Change]:
+    """The steps that give the disk another unique id. See :meth:`imagekit.formats.base.DiskFormat.identify`."""
+    image = open_sound(file)
+    footer = replace(image.footer, unique_id=identifier.bytes_le)
+    if image.dynamic is None:
+        return (Write(image.footers.tail_offset, footer.pack()), Barrier())
+    return _identified(Workspace(image), footer)
 
 
 def open_sound(file: File) -> VhdImage:
@@ -195,4 +205,10 @@ def _shrunk(work: Workspace, size: int) -> Iterator[Change]:
 def _rebased(work: Workspace) -> Iterator[Change]:
     yield from work.begin()
     yield from work.switch_names()
+    yield from work.finish()
+
+
+def _identified(work: Workspace, footer: Footer) -> Iterator[Change]:
+    yield from work.begin()
+    yield from work.switch_footer(footer)
     yield from work.finish()

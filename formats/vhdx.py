@@ -15,6 +15,7 @@ is loaded when it is used.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,11 @@ class VhdxFormat(DiskFormat):
         from imagekit.formats.vhdx_change import rebase
 
         return rebase(file, parent)
+
+    def identify(self, file: File, identifier: uuid.UUID) -> Iterable[Change]:
+        from imagekit.formats.vhdx_change import identify
+
+        return identify(file, identifier)
 
     def absorb(self, file: File, child: DiskImage) -> Iterable[Change]:
         from imagekit.formats.vhdx_change import absorb

@@ -9,6 +9,7 @@ Not here: compacting a file. What a change leaves unused stays in the file until
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -17,11 +18,11 @@ from imagekit.formats.base import Barrier, Change, File, ParentLink, Write, read
 from imagekit.formats.vhdx_absorb import absorb
 from imagekit.formats.vhdx_edit import Edit, derived
 from imagekit.formats.vhdx_header import HEADER_OFFSETS, NO_GUID, REGION_TABLE_OFFSETS, REGION_TABLE_SIZE
-from imagekit.formats.vhdx_metadata import PARENT_LOCATOR
+from imagekit.formats.vhdx_metadata import PAGE_83_DATA, PARENT_LOCATOR
 from imagekit.formats.vhdx_resize import resize
 from imagekit.formats.vhdx_writer import new_locator
 
-__all__ = ["absorb", "rebase", "repair", "resize"]
+__all__ = ["absorb", "identify", "rebase", "repair", "resize"]
 
 
 def repair(file: File) -> list[Change]:
@@ -69,3 +70,14 @@ def rebase(file: File, parent: ParentLink) -> Iterable[Change]:
     moving = list(edit.set_item(PARENT_LOCATOR, locator))  # refuses a locator that has no room
     known = parent.identity in old.linkages
     return [*edit.begin(f"rebase {parent.identity.hex()}", data=not known), *moving]
+
+
+def identify(file: File, identifier: uuid.UUID) -> Iterable[Change]:
+    """Give the disk another id (page 83 data, by which a guest knows it). A child has its parent's and keeps it."""
+    edit = Edit(file, whole=False)
+    if edit.geometry.differencing:
+        raise UnsupportedFeature(
+            "a differencing disk has the id of its parent", hint="give the parent another id", path=file.name
+        )
+    changed = list(edit.set_item(PAGE_83_DATA, identifier.bytes_le))
+    return [*edit.begin(f"identify {identifier}", data=False), *changed]

@@ -343,6 +343,13 @@ def rebase(child: PathLike, parent: PathLike, **options: Any) -> DiskReport:
     return rebase_disk(child, parent, _options(options))
 
 
+def identify(image: PathLike, identifier: UUID | str, **options: Any) -> DiskReport:
+    """Give a VHD or VHDX another id, in place; its content stays. For a copy that is to be a disk of its own."""
+    from imagekit.disks import identify_disk
+
+    return identify_disk(image, UUID(str(identifier)), _options(options))
+
+
 def build_config_drive(
     spec: SpecLike | None = None,
     path: PathLike = "config.iso",

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import UUID
 
 from imagekit import policy
 from imagekit.changes import apply
@@ -146,6 +147,13 @@ def rebase_disk(child: PathLike, parent: PathLike, options: ConvertOptions) -> D
             check_identity(references[0], below.image, Path(parent), ignore=options.ignore_parent_id)
             apply(chosen.rebase(file, link), file)
             return _report(child, chosen, file, parent=os.fspath(parent))
+
+
+def identify_disk(image: PathLike, identifier: UUID, options: ConvertOptions) -> DiskReport:
+    """Give a disk another id, in place: a copy must not be the same disk to a guest, or to the parent's children."""
+    with _changing(image, options.source_format, options.allow) as (file, chosen):
+        apply(chosen.identify(file, identifier), file)
+        return replace(_report(image, chosen, file), identifier=str(identifier))
 
 
 def merge_into_parent(child: PathLike, options: ConvertOptions, *, control: Control = SILENT) -> DiskReport:

@@ -38,6 +38,8 @@ def workshop(tmp_path: Path) -> Path:
     (tmp_path / "user-data.yaml").write_text("#cloud-config\n")
     spec = next(block for block in blocks("yaml") if block.startswith("# web1.yaml"))
     (tmp_path / "web1.yaml").write_text(spec)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "instances" / "web3").mkdir(parents=True)
     return tmp_path
 
 
@@ -59,10 +61,18 @@ def test_every_command_of_the_readme_succeeds(workshop: Path) -> None:
 @pytest.mark.oracle
 def test_the_python_example_runs(workshop: Path) -> None:
     need_tool("qemu-system-x86_64")
-    (example,) = blocks("python")
+    example = next(block for block in blocks("python") if "imagekit.boot" in block)
     done = subprocess.run([sys.executable, "-c", example], cwd=workshop, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "booted" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.oracle
+def test_the_compute_drivers_example_runs(workshop: Path) -> None:
+    example = next(block for block in blocks("python") if "prepare_root" in block)
+    done = subprocess.run([sys.executable, "-c", example], cwd=workshop, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(20 << 30), "scsi", "1", "qcow2"]
 
 
 def test_the_exit_codes_are_those_of_the_program() -> None:

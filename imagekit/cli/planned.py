@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 COMMANDS = frozenset(
-    ("batch", "cache", "upload"),
+    ("batch", "upload"),
 )
 OPTIONS: dict[str, frozenset[str]] = {
     "info": frozenset(("--deep", "--hyperv")),

@@ -68,10 +68,13 @@ def need_tool(name: str) -> str:
     return shutil.which(name, path=everywhere) or missing(f"{name} is not installed")
 
 
-def need_venv(name: str) -> Path:
-    """The interpreter of an environment with what ``tests/oracles/NAME.txt`` pins, made at first use."""
+def need_venv(name: str, *, python: str | None = None) -> Path:
+    """The interpreter of an environment with what ``tests/oracles/NAME.txt`` pins, made at first use.
+
+    ``python`` is the minor version ("3.10") that suits the pins best; where it is missing, ours has to do.
+    """
     try:
-        return _environment(name)
+        return _environment(name, _interpreter(python))
     except subprocess.CalledProcessError as error:
         last_words = " ".join((error.stderr or "").split("\n")[-3:])
         missing(f"tests/oracles/{name}.txt cannot be installed: {last_words}")
@@ -119,16 +122,25 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
+def _interpreter(version: str | None) -> str:
+    if version is None or sys.version_info[:2] == tuple(map(int, version.split("."))):
+        return sys.executable
+    pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python3"))
+    found = pyenv[-1] if pyenv else shutil.which(f"python{version}")
+    return sys.executable if found is None else str(found)
+
+
 @functools.cache
-def _environment(name: str) -> Path:
+def _environment(name: str, interpreter: str) -> Path:
     pins = Path(__file__).with_name(f"{name}.txt")
-    digest = hashlib.sha256(platform.python_version().encode() + pins.read_bytes()).hexdigest()
+    made_with = platform.python_version() if interpreter == sys.executable else interpreter
+    digest = hashlib.sha256(made_with.encode() + pins.read_bytes()).hexdigest()
     folder = cache_dir("venvs") / f"{name}-{digest[:16]}"
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     complete = folder / "complete"
     with locked(folder.with_suffix(".lock")):
         if not complete.exists():
-            _checked(sys.executable, "-m", "venv", "--clear", str(folder))
+            _checked(interpreter, "-m", "venv", "--clear", str(folder))
             _checked(str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(pins))
             complete.touch()
     return python

@@ -1,0 +1,138 @@
+"""A task of the library in a process of its own: the child's side (imagekit.child starts it).
+
+One line of JSON comes in: ``{"task": NAME, "arguments": {…}, "caller": PID}``, the arguments being those of the
+function of that name in imagekit.api. JSON Lines go out: ``status`` with phase, done and total now and then, at the
+end one ``result`` or one ``exit_error``, in the words of ``imagekit --progress json``.
+
+SIGTERM, and the death of the caller where the platform tells, stop the task as Ctrl-C stops the command line:
+nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from imagekit import api
+from imagekit.errors import Cancelled, ImagekitError, UsageError
+from imagekit.formats.base import JSON, MiB
+from imagekit.progress import Callback, Progress
+
+STEP = 0.2
+"""Seconds between two lines of progress."""
+PR_SET_PDEATHSIG = 1
+
+
+def _digest(
+    path: str, algorithm: str, *, progress: Callback | None = None, cancel: threading.Event | None = None
+) -> dict[str, JSON]:
+    """The checksum of a file's bytes."""
+    made = hashlib.new(algorithm)
+    with Path(path).open("rb") as file:
+        total = os.fstat(file.fileno()).st_size
+        while piece := file.read(MiB):
+            made.update(piece)
+            if cancel is not None and cancel.is_set():
+                raise Cancelled("stopped on request")
+            if progress is not None:
+                progress(Progress("hash", file.tell(), total))
+    return {"algorithm": algorithm, "value": made.hexdigest(), "size": total}
+
+
+def _report(function: Callable[..., Any]) -> Callable[..., dict[str, JSON]]:
+    return lambda *args, **options: dict(function(*args, **options).to_json())
+
+
+# Those that tell how far they are, and those that are over at once.
+LONG: dict[str, Callable[..., Mapping[str, JSON]]] = {
+    "convert": _report(api.convert),
+    "resize": _report(api.resize),
+    "merge": _report(api.merge),
+    "compare": _report(api.compare),
+    "measure": api.measure,
+    "digest": _digest,
+}
+SHORT: dict[str, Callable[..., Mapping[str, JSON]]] = {
+    "create": _report(api.create),
+    "rebase": _report(api.rebase),
+    "identify": _report(api.identify),
+    "info": _report(api.info),
+    "check": _report(api.check),
+}
+TASKS = LONG | SHORT
+
+
+def main() -> int:
+    """Do the task that stdin names; the exit code is that of the command line."""
+    # What a library prints must not end up between the answers.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+    cancel = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: cancel.set())
+    from imagekit.workers import keep_freed_memory
+
+    keep_freed_memory()
+
+    def say(message_type: str, **more: JSON) -> None:
+        answers.write(json.dumps({"message_type": message_type, **more}) + "\n")
+
+    try:
+        request = json.loads(sys.stdin.readline())
+        _end_with(int(request["caller"]))
+        say("result", result=_done(request["task"], dict(request["arguments"]), say, cancel))
+        return 0
+    except ImagekitError as error:
+        kind = type(error).__name__
+        more = {"rule": rule} if (rule := getattr(error, "rule", "")) else {}
+        say(
+            "exit_error",
+            code=error.exit_code,
+            kind=kind,
+            message=error.message,
+            hint=error.hint,
+            path=error.path,
+            offset=error.offset,
+            **more,
+        )
+        return error.exit_code
+
+
+def _done(name: str, arguments: dict[str, Any], say: Callable[..., None], cancel: threading.Event) -> dict[str, JSON]:
+    if name not in TASKS:
+        raise UsageError(f"no task is called {name!r}", hint=f"tasks: {', '.join(sorted(TASKS))}")
+    last = 0.0
+
+    def tell(step: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= STEP:
+            last = now
+            say("status", phase=step.phase, done=step.done, total=step.total)
+
+    if name in LONG:
+        return dict(LONG[name](**arguments, progress=tell, cancel=cancel))
+    return dict(SHORT[name](**arguments))
+
+
+def _end_with(caller: int) -> None:
+    """Be told when the caller dies, however it does (Linux; elsewhere the task goes on to its end)."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != caller:  # it died before we asked
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Tasks in a process of their own: results, errors, progress and stopping are those of the library."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import imagekit
+from imagekit.child import Child
+from imagekit.errors import Cancelled, InvalidImage, ToolError, UnsafeImage, UsageError
+from imagekit.formats.base import MiB
+from imagekit.progress import Progress
+from tests.disks import noise, text
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(noise(3 * MiB))
+    return path
+
+
+def test_a_conversion_elsewhere_is_the_same(raw: Path, tmp_path: Path) -> None:
+    same: dict[str, Any] = {"identifier": "6f9c1d2e-0b1a-4c3d-8e5f-001122334455"}
+    report = Child().run("convert", {"source": str(raw), "target": str(tmp_path / "child.vhd"), **same})
+    imagekit.convert(raw, tmp_path / "here.vhd", **same)
+    assert (tmp_path / "child.vhd").read_bytes() == (tmp_path / "here.vhd").read_bytes()
+    assert report["target"]["virtual-size"] == 3 * MiB
+
+
+def test_progress_arrives(raw: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    Child().run("convert", {"source": str(raw), "target": str(tmp_path / "a.vhd")}, progress=seen.append)
+    assert {step.phase for step in seen} & {"plan", "copy", "sync"}
+    assert all(0 <= step.done <= max(step.done, step.total) for step in seen)
+
+
+def test_errors_keep_their_kind_rule_hint_and_place(tmp_path: Path) -> None:
+    cut = tmp_path / "cut.qcow2"
+    cut.write_bytes(b"QFI\xfb" + bytes(20))
+    with pytest.raises(InvalidImage) as caught:
+        Child().run("info", {"image": str(cut)})
+    assert (caught.value.path, caught.value.offset) == (str(cut), 0)
+    promised = tmp_path / "promised.vhd"
+    promised.write_bytes(bytes(MiB))
+    with pytest.raises(UnsafeImage) as refused:
+        Child().run("convert", {"source": str(promised), "target": str(tmp_path / "x.vhdx")})
+    assert refused.value.rule == "name-mismatch"
+    assert refused.value.hint
+
+
+def test_a_task_nobody_knows_is_an_error() -> None:
+    with pytest.raises(UsageError, match="no task is called 'format-c'"):
+        Child().run("format-c", {})
+
+
+def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="cannot be started"):
+        Child(python=str(tmp_path / "python")).run("info", {"image": "x"})
+
+
+def test_an_interpreter_without_imagekit_says_so(tmp_path: Path) -> None:
+    """-m fails there; its last words are in the error."""
+    bare = Child(environment={"PYTHONPATH": "", "PATH": os.environ["PATH"]}, python=_isolated(tmp_path))
+    with pytest.raises(ToolError, match=r"without a result.*imagekit"):
+        bare.run("info", {"image": "x"})
+
+
+def _isolated(folder: Path) -> str:
+    script = folder / "isolated-python"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_cancel_stops_the_child_and_leaves_nothing(tmp_path: Path, no_leftovers: Path) -> None:
+    big = tmp_path / "big.raw"
+    with big.open("wb") as file:
+        for seed in range(256):
+            file.write(text(MiB, seed))
+    cancel = threading.Event()
+    seen: list[Progress] = []
+
+    def stop(step: Progress) -> None:
+        seen.append(step)
+        cancel.set()
+
+    # Compressed by one thread: seconds of work, of which the first report comes at once.
+    arguments = {"source": str(big), "target": str(no_leftovers / "big.qcow2"), "compression": "zlib", "jobs": 1}
+    started = time.monotonic()
+    with pytest.raises(Cancelled):
+        Child().run("convert", arguments, progress=stop, cancel=cancel)
+    assert time.monotonic() - started < 10
+    assert seen
+
+
+def test_a_child_that_is_killed_is_an_error_not_a_wait(raw: Path, tmp_path: Path) -> None:
+    """A stand-in for the interpreter that dies at once, as by the kernel's out-of-memory killer."""
+    script = tmp_path / "dying-python"
+    script.write_text("#!/bin/sh\nkill -9 $$\n")
+    script.chmod(0o755)
+    with pytest.raises(ToolError, match=rf"code -{signal.SIGKILL}"):
+        Child(python=str(script)).run("info", {"image": str(raw)})
+
+
+def test_what_a_library_prints_does_not_get_between_the_answers(raw: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("print('hello from a library')\n")
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    assert Child(environment=environment).run("info", {"image": str(raw)})["virtual-size"] == 3 * MiB
