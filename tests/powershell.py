@@ -23,7 +23,7 @@ VERSIONS = ("2012", "2012r2", "2016", "2019", "2022", "2025")
 COMMON = frozenset(("erroraction", "errorvariable", "verbose", "debug", "warningaction", "outvariable", "whatif"))
 
 _READ = r"""
-import json, sys
+import json, re, sys
 from tree_sitter import Language, Parser
 import tree_sitter_powershell
 parser = Parser(Language(tree_sitter_powershell.language()))
@@ -59,14 +59,13 @@ def guards(command):
     return found
 
 def cast(entry):
-    for node in walk(entry.children[-1]):
-        if node.type == "type_literal":
-            return text(node).strip("[]") + ("[]" if "[]" in text(node) else "")
-    return None
+    value = text(entry).split("=", 1)[1].strip()
+    kind = re.match(r"\[([a-z0-9]+(?:\[\])?)\]", value)
+    return kind.group(1) if kind else None
 
 def read(path):
     tree = parser.parse(open(path, "rb").read()).root_node
-    errors = [f"line {n.start_point[0] + 1}: {text(n)[:60]}" for n in walk(tree) if n.type == "ERROR" or n.is_missing]
+    errors = [f"line {n.start_point[0] + 1}: {text(n)[:60]}" for n in walk(tree) if n.type == "ERROR" or n.is_missing or (n.type == "command_name" and not text(n))]
     commands, sets = [], []
     for node in walk(tree):
         if node.type != "command" or name(node) is None:

@@ -172,7 +172,7 @@ def test_what_2008_r2_runs_is_powershell_2() -> None:
     "later",
     [
         *("[pscustomobject]", "[ordered]", "::new(", "$PSItem", " -in ", " -notin ", " -shl ", " -shr ", "$using:"),
-        *("CimInstance", "ConvertTo-Json", "Get-FileHash", "#requires", "class "),
+        *("CimInstance", "ConvertTo-Json", "Get-FileHash", "#requires", "enum "),
     ],
 )
 def test_what_2008_r2_runs_has_no_later_syntax(later: str) -> None:

@@ -1,13 +1,15 @@
 """Which script does an operation on which kind of host, and how it is told its parameters.
 
 Scripts are constant files of this package: ``NAME.ps1`` in PowerShell 3 for Windows Server 2012 and later, told JSON;
-``NAME.v1.ps1`` in PowerShell 2 for 2008 R2, which has no JSON, told by lines of ``key=base64``. ``probe.ps1`` runs on
-both. What an operation takes and gives: :mod:`imagekit.hyperv.contract`.
+``NAME.v1.ps1`` in PowerShell 2 for 2008 R2, which has no JSON, told by lines of ``key=base64``. What is sent is such a
+script after its common parts: ``common.ps1`` (answers and failures, in PowerShell 2) and that of the family. What an
+operation takes and gives: :mod:`imagekit.hyperv.contract`.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +22,15 @@ PLAN_ONLY = (
     "Windows Server 2008 R2: these scripts were parsed and checked against recorded facts, never run; a host takes "
     "them once `imagekit hyperv selftest` has passed there"
 )
+
+EVERYWHERE = frozenset(
+    (
+        *("probe", "preflight", "file-info", "make-folder", "write-chunk"),
+        *("publish-file", "remove-file", "remove-folder", "read-serial"),
+    )
+)
+"""One script does for every family: it needs nothing of Hyper-V, or what the common part of the family has."""
+NOT_ON_2008R2 = frozenset(("hash-disk",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +45,19 @@ class Request:
 def request(operation: str, family: str | None, parameters: Mapping[str, Any]) -> Request:
     """What to run for ``operation`` on a host of ``family``; None: not known yet, which only the probe may ask."""
     old = family == "2008r2"
-    name = f"{operation}.v1.ps1" if old and operation != "probe" else f"{operation}.ps1"
-    path = files(__package__).joinpath("scripts", name)
-    if not path.is_file():
-        raise UnsupportedFeature(f"{operation} is not supported on a host of the kind {family or 'unknown'}")
+    if operation in NOT_ON_2008R2 and old:
+        raise UnsupportedFeature(f"{operation} is not supported on a host of the kind {family}")
+    name = f"{operation}.v1.ps1" if old and operation not in EVERYWHERE else f"{operation}.ps1"
+    parts = ["common.ps1", name]
+    if operation != "probe":
+        parts.insert(1, "common.v1.ps1" if old else "common.v3.ps1")
     text = "".join(_lines(parameters)) if old else json.dumps(parameters)
-    return Request(name, path.read_text(encoding="utf-8"), text)
+    return Request(name, "\n".join(_read(part) for part in parts), text)
+
+
+@functools.cache
+def _read(name: str) -> str:
+    return files(__package__).joinpath("scripts", name).read_text(encoding="ascii")
 
 
 def _lines(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
