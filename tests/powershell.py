@@ -1,7 +1,7 @@
 """What our PowerShell scripts say, as a grammar that is not ours reads them; and what each host knows, as facts.
 
 The grammar (tree-sitter-powershell) runs in an environment of its own and answers in JSON: errors, the commands
-with their named parameters and the `Test-Parameter` questions they depend on, the WMI properties set with their types.
+with their named parameters and the `Test-Parameter` questions before them, the WMI properties set with their types.
 It is a grammar, not PowerShell: that a script parses does not say that it runs.
 """
 
@@ -65,7 +65,8 @@ def cast(entry):
 
 def read(path):
     tree = parser.parse(open(path, "rb").read()).root_node
-    errors = [f"line {n.start_point[0] + 1}: {text(n)[:60]}" for n in walk(tree) if n.type == "ERROR" or n.is_missing or (n.type == "command_name" and not text(n))]
+    wrong = [n for n in walk(tree) if n.type == "ERROR" or n.is_missing or n.type == "command_name" and not n.text]
+    errors = [f"line {n.start_point[0] + 1}: {text(n)[:60]}" for n in wrong]
     commands, sets = [], []
     for node in walk(tree):
         if node.type != "command" or name(node) is None:
@@ -171,7 +172,7 @@ def parameters(cmdlet: str, version: str) -> frozenset[str] | None:
     if entry is None or digit not in entry["in"]:
         return None
     recorded = version == "2016" and "r" in entry["in"]
-    found = set()
+    found: set[str] = set()
     for where, names in entry.items():
         if where != "in" and digit in where and (not recorded or "r" in where):
             found.update(name for one in names.split() for name in one.lower().split("|"))

@@ -21,9 +21,7 @@ CIM_TYPES |= {"uint16[]": "uint16[]"}
 def is_old(name: str) -> bool:
     """Whether Windows Server 2008 R2 runs the script."""
     return (
-        name.endswith(".v1.ps1")
-        or name in ("common.ps1", "bootstrap.ps1")
-        or name.removesuffix(".ps1") in EVERYWHERE
+        name.endswith(".v1.ps1") or name in ("common.ps1", "bootstrap.ps1") or name.removesuffix(".ps1") in EVERYWHERE
     )
 
 
@@ -116,7 +114,7 @@ def _lacking(script: Script, command: Command, version: str) -> list[str]:
 def test_the_contract_would_notice(tmp_path: Path) -> None:
     (tmp_path / "x.ps1").write_text(
         "Hyper-V\\Set-VMFirmware -VM $vm -SecureBootTemplate 'a'\n"
-        "if (Test-Parameter 'Hyper-V\\Set-VM' 'CheckpointType') { Hyper-V\\Set-VM -VM $vm -CheckpointType 'Disabled' }\n"
+        "if (Test-Parameter 'Hyper-V\\Set-VM' 'CheckpointType') { Hyper-V\\Set-VM -VM $vm -CheckpointType 'A' }\n"
     )
     script = read_scripts([tmp_path / "x.ps1"])["x.ps1"]
     unguarded, guarded = (one for one in script.commands if one.name.startswith("Hyper-V\\"))

@@ -1,8 +1,8 @@
 """Which script does an operation on which kind of host, and how it is told its parameters.
 
 Scripts are constant files of this package: ``NAME.ps1`` in PowerShell 3 for Windows Server 2012 and later, told JSON;
-``NAME.v1.ps1`` in PowerShell 2 for 2008 R2, which has no JSON, told by lines of ``key=base64``. What is sent is such a
-script after its common parts: ``common.ps1`` (answers and failures, in PowerShell 2) and that of the family. What an
+``NAME.v1.ps1`` in PowerShell 2 for 2008 R2, which has no JSON, told by lines of ``key=base64``. What is sent is that
+after its common parts: ``common.ps1`` (answers and failures, in PowerShell 2) and that of the family. What an
 operation takes and gives: :mod:`imagekit.hyperv.contract`.
 """
 
