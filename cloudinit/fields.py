@@ -37,6 +37,8 @@ _LINK_ID = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ._-]{0,30}[A-Za-z0-9])?")
 _MAC = re.compile(r"[0-9a-f]{12}|[0-9a-f]{2}([:-])(?:[0-9a-f]{2}\1){4}[0-9a-f]{2}")
 _META_KEY = re.compile(r"[A-Za-z0-9_:. -]{1,255}")  # as Nova's API has it
 _MEMORY = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,6}))? ?([kmgt])(?:ib)?")
+_INTERFACE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,14}")  # Linux: IFNAMSIZ is 16, with the final zero
+_HASH = re.compile(r"\$(?:1|2[aby]|5|6|y|gy|7)\$[ -9;-~]{8,300}")  # crypt(5), without colon
 _KEY_TYPE = re.compile(r"[a-z0-9][a-z0-9@.-]{2,63}")
 _PREFIX = re.compile(r"[^%]+/[0-9]{1,3}")  # a prefix length, not a netmask, and no zone
 
@@ -80,6 +82,37 @@ def _check_mac(text: str) -> str:
     if int(digits[:2], 16) & 1 or not int(digits, 16):
         raise ValueError("the MAC address of one adapter, neither multicast nor zero")
     return ":".join(re.findall("..", digits))
+
+
+def _check_interface(text: str) -> str:
+    if not _INTERFACE.fullmatch(text):
+        raise ValueError(
+            "a name that Linux takes, such as eth0: up to 15 letters, digits, dots, hyphens, underscores"
+        )
+    return text
+
+
+def _check_hash(secret: SecretStr) -> SecretStr:
+    if not _HASH.fullmatch(secret.get_secret_value()):
+        raise ValueError("a hash as in /etc/shadow, such as $6$SALT$…; `openssl passwd -6` makes one")
+    return secret
+
+
+def _check_guest_path(text: str) -> str:
+    parts = text.split("/")
+    if not text.startswith("/") or len(text) > 255 or not text.isprintable() or {"", ".", ".."} & {*parts[1:]}:
+        raise ValueError("the absolute path of a file in the guest, up to 255 characters, such as /etc/motd")
+    return text
+
+
+def _check_seed(text: str) -> str:
+    """Base64, or ``random``, which whoever completes the spec replaces."""
+    if text != "random":
+        try:
+            base64.b64decode("".join(text.split()), validate=True)
+        except (binascii.Error, ValueError):
+            raise ValueError("'random', or base64 text") from None
+    return "".join(text.split())
 
 
 def _check_ssh_key(text: str) -> str:
@@ -153,12 +186,17 @@ def _check_memory(size: int) -> int:
     return size
 
 
-def _read_user_data(value: object) -> object:
+def _read_bytes(value: object) -> object:
     if isinstance(value, str):
         try:
-            value = value.encode()
+            return value.encode()
         except UnicodeEncodeError:
             raise ValueError("text that UTF-8 can express") from None
+    return value
+
+
+def _read_user_data(value: object) -> object:
+    value = _read_bytes(value)
     if value == b"":
         raise ValueError("at least one character; without user data leave the field out")
     return value
@@ -216,6 +254,11 @@ Name = Annotated[StrictStr, AfterValidator(_check_name)]
 Hostname = Annotated[StrictStr, AfterValidator(_check_hostname)]
 LinkId = Annotated[StrictStr, AfterValidator(_check_link_id)]
 Mac = Annotated[StrictStr, AfterValidator(_check_mac)]
+InterfaceName = Annotated[StrictStr, AfterValidator(_check_interface)]
+VlanId = Annotated[StrictInt, Field(ge=1, le=4094)]
+PasswordHash = Annotated[SecretStr, AfterValidator(_check_hash)]
+GuestPath = Annotated[StrictStr, AfterValidator(_check_guest_path)]
+RandomSeed = Annotated[StrictStr, Field(min_length=1, max_length=16384), AfterValidator(_check_seed)]
 Mtu = Annotated[StrictInt, Field(ge=576, le=65535)]
 SshKey = Annotated[StrictStr, AfterValidator(_check_ssh_key)]
 Text = Annotated[StrictStr, Field(min_length=1, max_length=255), AfterValidator(_check_text)]
@@ -224,6 +267,7 @@ MetaValue = Annotated[StrictStr, Field(max_length=255)]
 Password = Annotated[SecretStr, AfterValidator(_check_password)]
 Memory = Annotated[StrictInt, BeforeValidator(_read_memory), AfterValidator(_check_memory)]
 UserData = Annotated[bytes, Field(strict=True), BeforeValidator(_read_user_data)]
+FileContent = Annotated[bytes, Field(strict=True), BeforeValidator(_read_bytes)]
 Generation = Annotated[Literal["auto", 1, 2], BeforeValidator(_read_generation)]
 NOT_EMPTY = AfterValidator(_check_not_empty)
 Address = Annotated[IpAddress, BeforeValidator(_read_address)]

@@ -15,131 +15,26 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, model_validator
+from pydantic import Field, JsonValue, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
 
 from imagekit.cloudinit import fields
+from imagekit.cloudinit.netmodel import Link, Network, Route, SpecModel, Subnet
 from imagekit.cloudinit.specfile import FieldPath, SpecText, read_regular_file, read_spec_file
 from imagekit.errors import InvalidSpec, SourceError
 
+__all__ = ["Link", "Network", "Route", "Spec", "Subnet", "derive_mac", "load_spec", "parse_spec"]
+
+GuestProfile = Literal["linux", "debian12", "rhel", "windows", "flatcar", "fcos"]
+"""What is known of the guest; ``linux`` is any with cloud-init."""
 MAX_USER_DATA_FILE = 4 << 20
 """Bytes read from a ``user_data_file``; each medium has its own, smaller limit."""
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-
-class Link(_Model):
-    """A network adapter, recognised by its MAC address (kept as lower-case, with colons).
-
-    In Windows, cloudbase-init renames the adapter to ``id``.
-    """
-
-    id: fields.LinkId
-    mac: fields.Mac
-    mtu: fields.Mtu | None = None
-
-
-class Route(_Model):
-    """The gateway for one network."""
-
-    network: fields.RouteTarget
-    gateway: fields.Address
-
-
-class Subnet(_Model):
-    """One way a link gets an address; ``ipv4`` and ``ipv6`` are static and take address, gateway, routes."""
-
-    link: StrictStr
-    type: Literal["ipv4", "ipv4_dhcp", "ipv6", "ipv6_dhcp", "ipv6_slaac"]
-    address: fields.Interface | None = None
-    gateway: fields.Address | None = None
-    routes: tuple[Route, ...] = ()
-
-    @property
-    def is_static(self) -> bool:
-        return self.type in ("ipv4", "ipv6")
-
-    @property
-    def version(self) -> int:
-        """4 or 6."""
-        return 4 if self.type.startswith("ipv4") else 6
-
-    @model_validator(mode="after")
-    def _check(self) -> Subnet:
-        if not self.is_static:
-            if self.address or self.gateway or self.routes:
-                raise ValueError(f"type {self.type} takes no address, gateway or routes")
-            return self
-        if self.address is None:
-            raise ValueError(f"type {self.type} needs an address with its prefix length")
-        if self.address.version != self.version or not _is_host(self.address):
-            raise ValueError(f"{self.address} is not the IPv{self.version} address of one host in its network")
-        for route in self.routes:
-            if route.network.version != self.version:
-                raise ValueError(f"the route to {route.network} is not IPv{self.version}")
-            if self.gateway and route.network.prefixlen == 0:
-                raise ValueError("a gateway and a route to everywhere: give one of them")
-        for gateway in [self.gateway, *(route.gateway for route in self.routes)]:
-            if gateway is not None:
-                _check_gateway(gateway, self.address)
-        return self
-
-
-def _is_host(own: fields.IpInterface) -> bool:
-    address, network = own.ip, own.network
-    if address.is_multicast or address.is_unspecified or address.is_loopback or network.prefixlen == 0:
-        return False
-    edges = (network.network_address, network.broadcast_address)
-    return own.version == 6 or network.prefixlen >= 31 or address not in edges
-
-
-def _check_gateway(gateway: fields.IpAddress, own: fields.IpInterface) -> None:
-    if gateway.version == own.version == 6 and gateway.is_link_local:
-        return  # on the link whatever the prefix
-    if gateway not in own.network:
-        raise ValueError(f"gateway {gateway} is outside {own.network}, the network of the address")
-    if gateway == own.ip:
-        raise ValueError(f"gateway {gateway} is the guest's own address")
-
-
-class Network(_Model):
-    """Links, the networks on them, and name servers."""
-
-    links: Annotated[tuple[Link, ...], fields.NOT_EMPTY]
-    networks: Annotated[tuple[Subnet, ...], fields.NOT_EMPTY]
-    dns: tuple[fields.Address, ...] = ()
-
-    @classmethod
-    def dhcp(cls, mac: str) -> Network:
-        """One link, ``eth0``, that asks DHCP for an IPv4 address."""
-        return cls(links=(Link(id="eth0", mac=mac),), networks=(Subnet(link="eth0", type="ipv4_dhcp"),))
-
-    @model_validator(mode="after")
-    def _check(self) -> Network:
-        ids = [link.id for link in self.links]
-        problems = [
-            f"networks[{index}].link {subnet.link!r} is none of the links {', '.join(ids)}"
-            for index, subnet in enumerate(self.networks)
-            if subnet.link not in ids
-        ]
-        given = [f"link id {i!r}" for i in ids]
-        given += [f"MAC address {link.mac}" for link in self.links]
-        given += [f"address {subnet.address.ip}" for subnet in self.networks if subnet.address]
-        given += [f"{s.type} on link {s.link!r}" for s in self.networks if not s.is_static]
-        given += [f"name server {address}" for address in self.dns]
-        problems += [f"{what} is given twice" for what, count in Counter(given).items() if count > 1]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-
-class Machine(_Model):
+class Machine(SpecModel):
     """The virtual machine. ``memory`` is in bytes here, text such as ``2GiB`` in a spec."""
 
     generation: fields.Generation = "auto"
@@ -150,18 +45,85 @@ class Machine(_Model):
     secure_boot: Literal["auto", "linux", "windows", "off"] = "auto"
 
 
-class Spec(_Model):
-    """One guest. ``uuid`` and ``network`` may be None until whoever builds the guest fills them in."""
+class Part(SpecModel):
+    """One part of user data made of several; ``type`` is its MIME type, found out from the content unless given."""
+
+    content: fields.UserData
+    type: StrictStr | None = None
+    filename: fields.Text | None = None
+
+
+class File(SpecModel):
+    """A file that the guest gets."""
+
+    path: fields.GuestPath
+    content: fields.FileContent
+
+
+class Device(SpecModel):
+    """A device with the tags by which software in the guest finds it, as Nova's ``devices``."""
+
+    type: Literal["nic", "disk"]
+    bus: Literal["pci", "usb", "scsi", "ide", "xen", "none"] = "none"
+    address: fields.Text = "none"
+    tags: tuple[fields.Text, ...] = ()
+    mac: fields.Mac | None = None
+    vlan: fields.VlanId | None = None
+    vf_trusted: StrictBool = False
+    serial: fields.Text | None = None
+    path: fields.Text | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Device:
+        nic, disk = self.mac or self.vlan or self.vf_trusted, self.serial or self.path
+        if self.type == "nic" and (disk or not self.mac):
+            raise ValueError("a nic has a mac, and neither serial nor path")
+        if self.type == "disk" and nic:
+            raise ValueError("a disk has no mac, vlan or vf_trusted")
+        return self
+
+
+class Spec(SpecModel):
+    """One guest. ``uuid`` and ``network`` may be None until whoever builds the guest fills them in.
+
+    ``password`` is given to Windows as it is and to Linux as a hash; ``hyperv_tools`` asks for the daemons that tell
+    the host the guest's address. The last group of fields is OpenStack's.
+    """
 
     name: fields.Name
     uuid: fields.Uuid | None = None
     hostname: fields.Hostname | None = None
     ssh_keys: Annotated[tuple[fields.SshKey, ...], Field(repr=False)] = ()
     password: fields.Password | None = None
+    password_hash: fields.PasswordHash | None = None
     user_data: Annotated[fields.UserData | None, Field(repr=False)] = None
+    user_data_parts: Annotated[tuple[Part, ...], Field(repr=False)] = ()
+    hyperv_tools: StrictBool = False
     network: Network | None = None
     machine: Machine = Machine()
-    meta: dict[fields.MetaKey, fields.MetaValue] = {}
+    guest: GuestProfile = "linux"
+    files: Annotated[tuple[File, ...], Field(repr=False)] = ()
+    meta: dict[fields.MetaKey, fields.MetaValue] = Field(default_factory=dict)
+
+    availability_zone: fields.Text | None = None
+    launch_index: Annotated[StrictInt, Field(ge=0)] = 0
+    project_id: fields.Text | None = None
+    devices: tuple[Device, ...] = ()
+    dedicated_cpus: tuple[Annotated[StrictInt, Field(ge=0)], ...] = ()
+    vendor_data: dict[str, JsonValue] | None = None
+    vendor_data2: dict[str, JsonValue] | None = None
+    random_seed: Annotated[fields.RandomSeed | None, Field(repr=False)] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Spec:
+        if self.user_data is not None and self.user_data_parts:
+            raise ValueError("user_data and user_data_parts: give one of them")
+        if self.password is not None and self.password_hash is not None:
+            raise ValueError("password and password_hash: give one of them")
+        paths = [file.path for file in self.files]
+        if len(set(paths)) < len(paths):
+            raise ValueError("files: a path is given twice")
+        return self
 
     @property
     def guest_hostname(self) -> str:
@@ -204,7 +166,7 @@ def parse_spec(values: Mapping[str, object], *, folder: Path | None = None) -> S
 
 def _merge(low: Mapping[str, object], high: Mapping[str, object]) -> dict[str, object]:
     result = dict(low)
-    user_data = {"user_data", "user_data_file"}
+    user_data = {"user_data", "user_data_file", "user_data_parts"}
     if user_data & high.keys():
         result = {key: value for key, value in result.items() if key not in user_data}
     for key, value in high.items():
@@ -219,9 +181,11 @@ def _parse(text: SpecText, folder: Path, path: Path | None) -> Spec:
     problems: list[str] = []
     if (name := values.pop("user_data_file", None)) is not None:
         try:
-            values["user_data"] = _read_user_data_file(name, folder, "user_data" in values)
+            values["user_data"] = _read_named(name, folder, "user_data" if "user_data" in values else None)
         except (ValueError, SourceError) as error:
             problems.append(_located(("user_data_file",), str(error), text.lines))
+    for field in ("user_data_parts", "files"):
+        problems += _read_files(values, field, folder, text.lines)
     try:
         spec = Spec.model_validate(values)
     except ValidationError as error:
@@ -232,22 +196,49 @@ def _parse(text: SpecText, folder: Path, path: Path | None) -> Spec:
     raise InvalidSpec(f"the spec has {count}:\n" + "\n".join(f"  {p}" for p in problems), path=path)
 
 
-def _read_user_data_file(name: object, folder: Path, also_inline: bool) -> bytes:
-    if also_inline:
-        raise ValueError("user_data is given too: give one of them")
+def _read_named(name: object, folder: Path, also: str | None) -> bytes:
+    if also is not None:
+        raise ValueError(f"{also} is given too: give one of them")
     if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError("expected the name of a file")
     return read_regular_file(folder / name, limit=MAX_USER_DATA_FILE)
 
 
-_MODELS: dict[FieldPath, type[_Model]] = {
+def _read_files(values: dict[str, object], field: str, folder: Path, lines: Mapping[FieldPath, int]) -> Iterator[str]:
+    """Put the content of the files that entries of a list name into ``values``; yield what is wrong."""
+    entries = values.get(field)
+    if not isinstance(entries, list):
+        return
+    read = list(entries)
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, Mapping) or "file" not in entry:
+            continue
+        try:
+            content = _read_named(entry["file"], folder, "content" if "content" in entry else None)
+        except (ValueError, SourceError) as error:
+            yield _located((field, index, "file"), str(error), lines)
+            content = b"?"  # the only complaint about this entry shall be the one above
+        read[index] = {**{key: value for key, value in entry.items() if key != "file"}, "content": content}
+    values[field] = read
+
+
+_MODELS: dict[FieldPath, type[SpecModel]] = {
     (): Spec,
     ("machine",): Machine,
     ("network",): Network,
     ("network", "links"): Link,
     ("network", "networks"): Subnet,
     ("network", "networks", "routes"): Route,
+    ("user_data_parts",): Part,
+    ("files",): File,
+    ("devices",): Device,
 }
+_ALSO: dict[FieldPath, tuple[str, ...]] = {
+    (): ("user_data_file",),
+    ("user_data_parts",): ("file",),
+    ("files",): ("file",),
+}
+"""Fields of a spec that are read before there is a model."""
 _EXPECTED = {
     "string_type": "text (a number or true/false needs quotes to be text)",
     "int_type": "a whole number",
@@ -259,7 +250,7 @@ _EXPECTED = {
     "invalid_key": "the name of a field",
     "string_unicode": "text that UTF-8 can express",
 }
-_SECRET = ("password", "user_data", "ssh_keys")
+_SECRET = ("password", "password_hash", "user_data", "user_data_parts", "files", "ssh_keys", "random_seed")
 
 
 def _describe(error: Any) -> tuple[FieldPath, str]:
@@ -270,12 +261,12 @@ def _describe(error: Any) -> tuple[FieldPath, str]:
         return path, "missing"
     if error["type"] == "extra_forbidden":
         place = tuple(part for part in path[:-1] if isinstance(part, str))
-        known = [*_MODELS[place].model_fields, *(["user_data_file"] if place == () else [])]
+        known = [*_MODELS[place].model_fields, *_ALSO.get(place, ())]
         return path, f"unknown field; the fields here are {', '.join(known)}"
     value = error["input"]
     if error["type"] == "value_error":
         expected = str(error["ctx"]["error"])
-        if isinstance(value, Mapping | _Model):  # the fields are right, but not together
+        if isinstance(value, Mapping | SpecModel):  # the fields are right, but not together
             return path, expected
     else:
         expected = _EXPECTED.get(error["type"], error["msg"].removeprefix("Input should be "))

@@ -2,9 +2,8 @@
 
 Follows what Nova writes and its published schema (doc/api_schemas/network_data.json): links, networks,
 services. Name servers are given twice, because older guests read only one of the places: globally, and
-inside each static network those of its IP version.
-
-Not here: bonds and VLAN links inside the guest, and cloud-init's own network-config formats.
+inside each static network those of its IP version. ``name``, which the schema lacks and cloud-init heeds, is
+there when the spec has it; domains to search have no place in this format.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from imagekit.cloudinit.fields import IpAddress, IpNetwork
-from imagekit.cloudinit.model import Link, Network, Subnet
+from imagekit.cloudinit.netmodel import Link, Network, Subnet
 
 _EVERYWHERE = {4: ("0.0.0.0", "0.0.0.0"), 6: ("::", "::")}  # network and netmask of the default route
 
@@ -20,7 +19,7 @@ _EVERYWHERE = {4: ("0.0.0.0", "0.0.0.0"), 6: ("::", "::")}  # network and netmas
 def network_data(network: Network) -> dict[str, Any]:
     """The content of network_data.json; a pure function of ``network``."""
     return {
-        "links": [_link(link) for link in network.links],
+        "links": [_link(link, network) for link in network.links],
         "networks": [
             _network(f"network{index}", subnet, network.dns) for index, subnet in enumerate(network.networks)
         ],
@@ -28,8 +27,18 @@ def network_data(network: Network) -> dict[str, Any]:
     }
 
 
-def _link(link: Link) -> dict[str, Any]:
-    return {"id": link.id, "type": "phy", "ethernet_mac_address": link.mac, "mtu": link.mtu}
+def _link(link: Link, network: Network) -> dict[str, Any]:
+    rendered: dict[str, Any] = {"id": link.id, "type": link.type, "mtu": link.mtu}
+    if link.name is not None:
+        rendered["name"] = link.name
+    mac = network.mac_of(link)
+    if link.type == "vlan":
+        return rendered | {"vlan_link": link.link, "vlan_id": link.vlan, "vlan_mac_address": mac}
+    rendered["ethernet_mac_address"] = mac
+    if link.type == "bond":
+        options = {f"bond_{name}": value for name, value in sorted(link.options.items())}
+        rendered |= {"bond_mode": link.mode, "bond_links": list(link.members), **options}
+    return rendered
 
 
 def _network(name: str, subnet: Subnet, dns: tuple[IpAddress, ...]) -> dict[str, Any]:

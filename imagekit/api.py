@@ -32,6 +32,7 @@ from imagekit.verify import first_difference
 
 if TYPE_CHECKING:
     from imagekit.bundle import Bundle, ConfigDrive
+    from imagekit.cloudinit.tree import Datasource
     from imagekit.disks import DiskReport
     from imagekit.drive_check import DriveCheck
     from imagekit.guest import SpecLike
@@ -357,6 +358,9 @@ def build_config_drive(
     media: Literal["iso", "vfat"] = "iso",
     disk: Literal["vhd", "vhdx"] | None = None,
     partition: bool | None = None,
+    datasource: Datasource = "configdrive",
+    nova_compatible: bool = False,
+    network_config: Literal[1, 2] = 2,
     overwrite: bool = False,
     sync: bool = True,
     **guest: Any,
@@ -364,14 +368,19 @@ def build_config_drive(
     """Write a guest's config drive; ``guest`` are fields of the spec, as in :func:`prepare`.
 
     ``media`` is the file system and ``disk`` what it lies in, by default what the suffix of ``path`` says.
-    ``partition`` is for VFAT, which has one in a disk unless told otherwise.
+    ``partition`` is for VFAT, which has one in a disk unless told otherwise. ``datasource`` is who reads it;
+    ``nova_compatible`` adds all that Nova writes, ``network_config`` is NoCloud's version of network-config.
     """
     from imagekit.bundle import write_config_drive
+    from imagekit.cloudinit.render import Rendering
     from imagekit.guest import make_guest
     from imagekit.media import Packing
 
     packing = Packing(media, disk or Packing.by_name(path).disk, partition)
-    return write_config_drive(make_guest(spec, **guest), path, packing=packing, overwrite=overwrite, sync=sync)
+    rendering = Rendering(datasource, nova_compatible, network_config)
+    return write_config_drive(
+        make_guest(spec, **guest), path, packing=packing, rendering=rendering, overwrite=overwrite, sync=sync
+    )
 
 
 def check_config_drive(path: PathLike) -> DriveCheck:
@@ -395,6 +404,9 @@ def prepare(
     media: Literal["iso", "vfat", "none"] = "iso",
     disk: Literal["vhd", "vhdx"] | None = None,
     partition: bool | None = None,
+    datasource: Datasource = "configdrive",
+    nova_compatible: bool = False,
+    network_config: Literal[1, 2] = 2,
     progress: Callback | None = None,
     cancel: threading.Event | None = None,
     **guest: Any,
@@ -402,13 +414,15 @@ def prepare(
     """Make a bundle of an image: disk, config drive, machine.json.
 
     ``media`` and ``disk`` say what the config drive is: ISO 9660 on a DVD, or in a disk, or VFAT in a disk; with
-    ``media="none"`` there is none.
+    ``media="none"`` there is none. ``datasource``, ``nova_compatible`` and ``network_config`` as in
+    :func:`build_config_drive`.
 
     Keywords are fields of the spec (``name``, ``hostname``, ``uuid``, ``ssh_keys``, ``user_data``, ``password``,
     ``network``, ``mac``, ``machine``, ``meta``) and of the conversion (``size``, ``source_format``, ``verify``,
     which is ``"content"`` unless said otherwise, …).
     """
     from imagekit.bundle import prepare_bundle
+    from imagekit.cloudinit.render import Rendering
     from imagekit.guest import make_guest, name_for
     from imagekit.media import Packing
 
@@ -416,7 +430,15 @@ def prepare(
     options = _options({"verify": "content", **conversion})
     made = make_guest(spec, default_name=name_for(image), **guest)
     packing = Packing.choose(media, disk, partition)
-    return prepare_bundle(image, out, made, options=options, packing=packing, control=Control(progress, cancel))
+    return prepare_bundle(
+        image,
+        out,
+        made,
+        options=options,
+        packing=packing,
+        rendering=Rendering(datasource, nova_compatible, network_config),
+        control=Control(progress, cancel),
+    )
 
 
 def boot(

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from imagekit.cloudinit.configdrive import LABEL, config_drive_tree
+from imagekit.cloudinit.render import Rendering
+from imagekit.cloudinit.tree import Datasource
 from imagekit.conversion import convert_image, reading
 from imagekit.errors import TargetError, UsageError
 from imagekit.firmware import Choice, choose, find_loader
@@ -37,6 +38,7 @@ CONFIG_DISK = 1
 SMALL_DISK = 10 * GiB
 HASH_STEP = 4 * MiB
 DEFAULT_PACKING = Packing()
+DEFAULT_RENDERING = Rendering()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +79,21 @@ class ConfigDrive:
     sha256: str
     label: str
     packing: Packing
+    datasource: Datasource = "configdrive"
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         return {
             "schema": SCHEMA,
             "filename": os.fspath(self.path),
             "uuid": self.uuid,
+            "datasource": self.datasource,
             "label": self.label,
             "media": self.packing.media,
             "disk": self.packing.disk,
             "size": self.size,
             "sha256": self.sha256,
+            "warnings": list(self.warnings),
         }
 
 
@@ -96,6 +102,7 @@ def write_config_drive(
     path: str | os.PathLike[str],
     *,
     packing: Packing | None = None,
+    rendering: Rendering = DEFAULT_RENDERING,
     overwrite: bool = False,
     sync: bool = True,
 ) -> ConfigDrive:
@@ -107,10 +114,11 @@ def write_config_drive(
     packing.check_name(path)
     packing.check_generation(guest.spec.machine.generation)
     target = check_target(path, overwrite=overwrite)
-    tree = config_drive_tree(guest.spec)
-    data = pack(tree, label=LABEL, packing=packing, identifier=guest.disk_identifier(CONFIG_DISK))
+    tree = rendering.render(guest.spec)
+    data = pack(tree.files, label=tree.label, packing=packing, identifier=guest.disk_identifier(CONFIG_DISK))
     write_file(target, data, mode=SECRET_MODE, overwrite=overwrite, sync=sync)
-    return ConfigDrive(target, guest.uuid, len(data), hashlib.sha256(data).hexdigest(), LABEL, packing)
+    digest = hashlib.sha256(data).hexdigest()
+    return ConfigDrive(target, guest.uuid, len(data), digest, tree.label, packing, tree.datasource)
 
 
 def prepare_bundle(
@@ -120,6 +128,7 @@ def prepare_bundle(
     *,
     options: ConvertOptions,
     packing: Packing | None = DEFAULT_PACKING,
+    rendering: Rendering = DEFAULT_RENDERING,
     control: Control = SILENT,
 ) -> Bundle:
     """Write disk, config drive and ``machine.json`` into ``out``: all of them or none.
@@ -152,7 +161,7 @@ def prepare_bundle(
         undo.callback(disk.unlink)
         written = None
         if drive is not None:
-            written = write_config_drive(guest, drive, packing=packing, sync=options.sync)
+            written = write_config_drive(guest, drive, packing=packing, rendering=rendering, sync=options.sync)
             undo.callback(drive.unlink)
         machine = _machine(guest, choice, report, disk, written, sha256=file_digest(disk, control=control))
         control.check()

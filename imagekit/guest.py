@@ -6,8 +6,10 @@ it, so that two machines never share one and one machine never has two.
 
 from __future__ import annotations
 
+import base64
 import os
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ from imagekit.cloudinit.model import Network, Spec, derive_mac, load_spec, parse
 from imagekit.errors import InvalidSpec, UsageError
 from imagekit.machine import Nic
 
+SEED_SIZE = 512
+"""Bytes of a random seed, as many as Nova gives."""
 SpecLike = Spec | Mapping[str, object] | str | os.PathLike[str]
 
 
@@ -32,7 +36,7 @@ class Guest:
     def nics(self) -> tuple[Nic, ...]:
         """One adapter a link of the network, one in any case."""
         network, machine = self.spec.network, self.spec.machine
-        macs = [link.mac for link in network.links] if network else [self.mac]
+        macs = [link.mac or self.mac for link in network.adapters] if network else [self.mac]
         return tuple(Nic(mac=mac, switch=machine.switch, vlan=machine.vlan) for mac in macs)
 
     def disk_identifier(self, index: int = 0) -> UUID:
@@ -64,15 +68,19 @@ def make_guest(
         raise UsageError("a MAC address and a network with links", hint="write the MAC into the network's link")
     if mac is not None or dhcp:
         try:
-            asked = Network.dhcp(mac or derive_mac(uuid))
+            link = "Ethernet" if parsed.guest == "windows" else "eth0"  # what the adapter will be called
+            asked = Network.dhcp(mac or derive_mac(uuid), link=link)
         except ValueError:
             raise InvalidSpec(
                 f"{mac!r} is not the MAC address of an adapter", hint="write it like 02:15:5d:00:00:01"
             ) from None
-        mac = asked.links[0].mac
+        mac = asked.adapters[0].mac
         parsed = parsed.model_copy(update={"network": asked if dhcp else None})
     elif parsed.network is not None:
-        mac = parsed.network.links[0].mac
+        mac = parsed.network.adapters[0].mac
+    if parsed.random_seed == "random":
+        seed = base64.b64encode(secrets.token_bytes(SEED_SIZE)).decode()
+        parsed = parsed.model_copy(update={"random_seed": seed})
     return Guest(parsed, uuid, mac or derive_mac(uuid))
 
 

@@ -48,7 +48,7 @@ def test_both_versions_hold_the_same() -> None:
 
 
 def test_meta_data_says_what_nova_would_say() -> None:
-    assert meta_data(parse_spec(FULL)) == {
+    assert meta_data(parse_spec({**FULL, "guest": "windows"})) == {
         "uuid": UUID,
         "name": "web1",
         "hostname": "web1.example",

@@ -351,7 +351,7 @@ def test_unusual_addresses_that_work_are_taken(fields: dict[str, str]) -> None:
         ({"dns": ["224.0.0.251"]}, "expected the IP address of one host"),
         ({"links": []}, "network.links: found an empty list, expected at least one entry"),
         ({"networks": []}, "network.networks: found an empty list, expected at least one entry"),
-        ({"links": [{"id": "eth0"}]}, "network.links[0].mac: missing"),
+        ({"links": [{"id": "eth0"}]}, "network.links[0]: a link of type phy needs mac"),
         ({"links": [{**LINK, "mac": "01:00:5e:00:00:01"}]}, "neither multicast nor zero"),
         ({"links": [{**LINK, "mac": "00:00:00:00:00:00"}]}, "neither multicast nor zero"),
         ({"links": [{**LINK, "mac": "02:15-5d:00:00:01"}]}, "expected a MAC address such as"),
@@ -383,7 +383,9 @@ def test_all_wrong_fields_are_named_at_once_with_their_lines(tmp_path: Path) -> 
         "  network.networks (line 4): missing",
         "  machine.cpus (line 3): found 'x', expected a whole number",
         "  nam (line 1): unknown field; the fields here are name, uuid, hostname, ssh_keys, password, "
-        "user_data, network, machine, meta, user_data_file",
+        "password_hash, user_data, user_data_parts, hyperv_tools, network, machine, guest, files, meta, "
+        "availability_zone, launch_index, project_id, devices, dedicated_cpus, vendor_data, vendor_data2, "
+        "random_seed, user_data_file",
     ]
 
 

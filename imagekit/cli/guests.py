@@ -118,12 +118,31 @@ def medium_fields(
     return {"media": media, "disk": disk, "partition": partition}
 
 
+def metadata_fields(
+    datasource: Annotated[
+        str,
+        typer.Option(
+            "--datasource", metavar="configdrive|nocloud|cloudstack", help="Who reads it: the layout of the files."
+        ),
+    ] = "configdrive",
+    nova_compatible: Annotated[
+        bool, typer.Option("--nova-compatible", help="All versions and the EC2 files, as Nova writes them.")
+    ] = False,
+    network_config: Annotated[
+        int, typer.Option("--network-config", metavar="1|2", help="Version of NoCloud's network-config.")
+    ] = 2,
+) -> dict[str, Any]:
+    """How the metadata is written."""
+    return {"datasource": datasource, "nova_compatible": nova_compatible, "network_config": network_config}
+
+
 @app.command()
-@command(guest=guest_fields, medium=medium_fields)
+@command(guest=guest_fields, medium=medium_fields, metadata=metadata_fields)
 def configdrive(
     ui: Ui,
     guest: dict[str, Any],
     medium: dict[str, Any],
+    metadata: dict[str, Any],
     out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The file to write.", show_default=False)] = None,
     check: Annotated[
         Path | None,
@@ -149,18 +168,19 @@ def configdrive(
         raise UsageError("no name for the medium", hint="name the file to write, or a medium to --check")
     if spec is None and guest["name"] is None:
         guest["name"] = "guest"
-    drive = api.build_config_drive(spec, out, overwrite=overwrite, sync=not no_sync, **medium, **guest)
+    drive = api.build_config_drive(spec, out, overwrite=overwrite, sync=not no_sync, **medium, **metadata, **guest)
     what = f"{drive.path}: config drive for {drive.uuid}, {drive.packing.name}"
     ui.result(drive.to_json(), f"{what}, {drive.size} bytes, sha256 {drive.sha256}")
 
 
 @app.command()
-@command(guest=guest_fields, medium=medium_fields, allow=allowed)
+@command(guest=guest_fields, medium=medium_fields, metadata=metadata_fields, allow=allowed)
 def prepare(
     ui: Ui,
     image: Image,
     guest: dict[str, Any],
     medium: dict[str, Any],
+    metadata: dict[str, Any],
     allow: frozenset[str],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the bundle; made if need be.")],
     spec: Spec = None,
@@ -216,6 +236,7 @@ def prepare(
         allow=allow,
         progress=ui.callback(),
         **medium,
+        **metadata,
         **guest,
     )
     for note in (*bundle.report.notes, *bundle.warnings):

@@ -8,6 +8,4 @@ COMMANDS = frozenset(
 OPTIONS: dict[str, frozenset[str]] = {
     "info": frozenset(("--deep", "--hyperv")),
     "convert": frozenset(("--confined",)),
-    "configdrive": frozenset(("--datasource",)),
-    "prepare": frozenset(("--datasource",)),
 }
