@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, JsonValue, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
 
@@ -26,10 +26,11 @@ from imagekit.cloudinit.netmodel import Link, Network, Route, SpecModel, Subnet
 from imagekit.cloudinit.specfile import FieldPath, SpecText, read_regular_file, read_spec_file
 from imagekit.errors import InvalidSpec, SourceError
 
-__all__ = ["Link", "Network", "Route", "Spec", "Subnet", "derive_mac", "load_spec", "parse_spec"]
+__all__ = ["Link", "Network", "Route", "Spec", "Subnet", "derive_mac", "load_spec", "parse_spec", "spec_schema"]
 
 GuestProfile = Literal["linux", "debian12", "rhel", "windows", "flatcar", "fcos"]
 """What is known of the guest; ``linux`` is any with cloud-init."""
+GUEST_PROFILES: tuple[GuestProfile, ...] = get_args(GuestProfile)
 MAX_USER_DATA_FILE = 4 << 20
 """Bytes read from a ``user_data_file``; each medium has its own, smaller limit."""
 
@@ -293,3 +294,21 @@ def _located(path: FieldPath, problem: str, lines: Mapping[FieldPath, int]) -> s
     name = "".join(f".{part}" if isinstance(part, str) else str(part) for part in names).removeprefix(".")
     known = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
     return f"{name}: {problem}" if known is None else f"{name} (line {known}): {problem}"
+
+
+def spec_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a spec as it stands in a file, with the fields that name files."""
+    schema = Spec.model_json_schema(mode="validation")
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    text = {"type": "string", "minLength": 1, "description": "A file, relative to the folder of the spec."}
+    schema["properties"]["user_data_file"] = text
+    for name in ("Part", "File"):
+        definition = schema["$defs"][name]
+        definition["properties"]["file"] = text
+        definition["required"].remove("content")
+        definition["oneOf"] = [{"required": ["content"]}, {"required": ["file"]}]
+    schema["$defs"]["Machine"]["properties"]["memory"] = {
+        "anyOf": [{"type": "integer"}, {"type": "string"}],
+        "description": "Bytes, or text such as 2GiB.",
+    }
+    return schema

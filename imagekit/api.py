@@ -7,6 +7,7 @@ Cancelled within about 250 ms, with nothing left behind.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -361,6 +362,9 @@ def build_config_drive(
     datasource: Datasource = "configdrive",
     nova_compatible: bool = False,
     network_config: Literal[1, 2] = 2,
+    machine_of: PathLike | None = None,
+    strict: bool = False,
+    password_out: PathLike | None = None,
     overwrite: bool = False,
     sync: bool = True,
     **guest: Any,
@@ -370,17 +374,25 @@ def build_config_drive(
     ``media`` is the file system and ``disk`` what it lies in, by default what the suffix of ``path`` says.
     ``partition`` is for VFAT, which has one in a disk unless told otherwise. ``datasource`` is who reads it;
     ``nova_compatible`` adds all that Nova writes, ``network_config`` is NoCloud's version of network-config.
+    What the guest would not accept is refused before anything is written, with ``strict`` also what it would only
+    stumble over; ``machine_of`` names the bundle or machine.json whose adapters the network has to be about, and
+    whose uuid is the guest's unless it is given. With ``generate_password`` a password is made, and returned
+    encrypted for the ssh-rsa key or written to ``password_out``.
     """
-    from imagekit.bundle import write_config_drive
+    from imagekit.bundle import hand_over, make_metadata, write_config_drive
     from imagekit.cloudinit.render import Rendering
     from imagekit.guest import make_guest
+    from imagekit.machine import Machine
     from imagekit.media import Packing
 
+    machine = None if machine_of is None else Machine.load(machine_of)
     packing = Packing(media, disk or Packing.by_name(path).disk, partition)
     rendering = Rendering(datasource, nova_compatible, network_config)
-    return write_config_drive(
-        make_guest(spec, **guest), path, packing=packing, rendering=rendering, overwrite=overwrite, sync=sync
-    )
+    made = make_guest(spec, default_uuid=None if machine is None else str(machine.uuid), **guest)
+    metadata = make_metadata(made, rendering=rendering, machine=machine, strict=strict)
+    encrypted = hand_over(made, password_out, sync=sync)
+    drive = write_config_drive(made, path, packing=packing, metadata=metadata, overwrite=overwrite, sync=sync)
+    return dataclasses.replace(drive, encrypted_password=encrypted)
 
 
 def check_config_drive(path: PathLike) -> DriveCheck:
@@ -407,6 +419,8 @@ def prepare(
     datasource: Datasource = "configdrive",
     nova_compatible: bool = False,
     network_config: Literal[1, 2] = 2,
+    strict: bool = False,
+    password_out: PathLike | None = None,
     progress: Callback | None = None,
     cancel: threading.Event | None = None,
     **guest: Any,
@@ -414,14 +428,14 @@ def prepare(
     """Make a bundle of an image: disk, config drive, machine.json.
 
     ``media`` and ``disk`` say what the config drive is: ISO 9660 on a DVD, or in a disk, or VFAT in a disk; with
-    ``media="none"`` there is none. ``datasource``, ``nova_compatible`` and ``network_config`` as in
+    ``media="none"`` there is none. ``datasource``, ``nova_compatible``, ``network_config`` and ``strict`` as in
     :func:`build_config_drive`.
 
     Keywords are fields of the spec (``name``, ``hostname``, ``uuid``, ``ssh_keys``, ``user_data``, ``password``,
     ``network``, ``mac``, ``machine``, ``meta``) and of the conversion (``size``, ``source_format``, ``verify``,
     which is ``"content"`` unless said otherwise, …).
     """
-    from imagekit.bundle import prepare_bundle
+    from imagekit.bundle import hand_over, prepare_bundle
     from imagekit.cloudinit.render import Rendering
     from imagekit.guest import make_guest, name_for
     from imagekit.media import Packing
@@ -430,15 +444,18 @@ def prepare(
     options = _options({"verify": "content", **conversion})
     made = make_guest(spec, default_name=name_for(image), **guest)
     packing = Packing.choose(media, disk, partition)
-    return prepare_bundle(
+    encrypted = hand_over(made, password_out, sync=options.sync)
+    bundle = prepare_bundle(
         image,
         out,
         made,
         options=options,
         packing=packing,
         rendering=Rendering(datasource, nova_compatible, network_config),
+        strict=strict,
         control=Control(progress, cancel),
     )
+    return dataclasses.replace(bundle, encrypted_password=encrypted)
 
 
 def boot(

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from imagekit.cloudinit.lint import MachineLike, enforce, judge
+from imagekit.cloudinit.passwords import encrypt_password
 from imagekit.cloudinit.render import Rendering
-from imagekit.cloudinit.tree import Datasource
+from imagekit.cloudinit.tree import Datasource, MetadataTree
 from imagekit.conversion import convert_image, reading
 from imagekit.errors import TargetError, UsageError
 from imagekit.firmware import Choice, choose, find_loader
@@ -50,6 +52,7 @@ class Bundle:
     report: Report
     choice: Choice
     warnings: tuple[str, ...] = ()
+    encrypted_password: str | None = None
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)
@@ -66,6 +69,7 @@ class Bundle:
                 "secure-boot": self.choice.secure_boot_reason,
             },
             "warnings": list(self.warnings),
+            **({} if self.encrypted_password is None else {"encrypted-password": self.encrypted_password}),
         }
 
 
@@ -81,6 +85,8 @@ class ConfigDrive:
     packing: Packing
     datasource: Datasource = "configdrive"
     warnings: tuple[str, ...] = ()
+    encrypted_password: str | None = None
+    """A password that was made, as Nova gives it: base64 of RSA, for the owner of the ssh-rsa key."""
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -94,7 +100,47 @@ class ConfigDrive:
             "size": self.size,
             "sha256": self.sha256,
             "warnings": list(self.warnings),
+            **({} if self.encrypted_password is None else {"encrypted-password": self.encrypted_password}),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """What will be on a config drive, and what lint warns of."""
+
+    tree: MetadataTree
+    warnings: tuple[str, ...]
+
+
+def make_metadata(
+    guest: Guest,
+    *,
+    rendering: Rendering = DEFAULT_RENDERING,
+    machine: MachineLike | None = None,
+    strict: bool = False,
+) -> Metadata:
+    """Render a guest's metadata and lint it, with the adapters of its ``machine`` where that is known.
+
+    Raises InvalidSpec for what the guest would not accept; ``strict`` makes warnings of that kind too.
+    """
+    tree = rendering.render(guest.spec)
+    return Metadata(tree, enforce(judge(tree, guest=guest.spec.guest, machine=machine), strict=strict))
+
+
+def hand_over(guest: Guest, password_out: str | os.PathLike[str] | None, *, sync: bool = True) -> str | None:
+    """Give a password that was made to whoever asked: into a new file, else encrypted for the guest's RSA key.
+
+    Raises UsageError when there is neither; to be called before anything is written.
+    """
+    if not guest.generated or guest.spec.password is None:
+        if password_out is not None:
+            raise UsageError("no password was made that could be written", hint="add --generate-password")
+        return None
+    password = guest.spec.password.get_secret_value()
+    if password_out is None:
+        return encrypt_password(password, guest.spec.ssh_keys)
+    write_file(password_out, f"{password}\n".encode(), mode=SECRET_MODE, sync=sync)
+    return None
 
 
 def write_config_drive(
@@ -102,7 +148,7 @@ def write_config_drive(
     path: str | os.PathLike[str],
     *,
     packing: Packing | None = None,
-    rendering: Rendering = DEFAULT_RENDERING,
+    metadata: Metadata | None = None,
     overwrite: bool = False,
     sync: bool = True,
 ) -> ConfigDrive:
@@ -114,11 +160,12 @@ def write_config_drive(
     packing.check_name(path)
     packing.check_generation(guest.spec.machine.generation)
     target = check_target(path, overwrite=overwrite)
-    tree = rendering.render(guest.spec)
+    metadata = metadata or make_metadata(guest)
+    tree = metadata.tree
     data = pack(tree.files, label=tree.label, packing=packing, identifier=guest.disk_identifier(CONFIG_DISK))
     write_file(target, data, mode=SECRET_MODE, overwrite=overwrite, sync=sync)
     digest = hashlib.sha256(data).hexdigest()
-    return ConfigDrive(target, guest.uuid, len(data), digest, tree.label, packing, tree.datasource)
+    return ConfigDrive(target, guest.uuid, len(data), digest, tree.label, packing, tree.datasource, metadata.warnings)
 
 
 def prepare_bundle(
@@ -129,6 +176,7 @@ def prepare_bundle(
     options: ConvertOptions,
     packing: Packing | None = DEFAULT_PACKING,
     rendering: Rendering = DEFAULT_RENDERING,
+    strict: bool = False,
     control: Control = SILENT,
 ) -> Bundle:
     """Write disk, config drive and ``machine.json`` into ``out``: all of them or none.
@@ -139,6 +187,7 @@ def prepare_bundle(
     if options.dry_run or options.overwrite:
         raise UsageError("a bundle is always written, and always new", hint="choose another folder")
     folder, name = Path(out), guest.spec.name
+    metadata = make_metadata(guest, rendering=rendering, machine=guest, strict=strict) if packing else None
     description = folder / FILE_NAME
     with ExitStack() as undo:
         if _make_folder(folder):
@@ -161,13 +210,13 @@ def prepare_bundle(
         undo.callback(disk.unlink)
         written = None
         if drive is not None:
-            written = write_config_drive(guest, drive, packing=packing, rendering=rendering, sync=options.sync)
+            written = write_config_drive(guest, drive, packing=packing, metadata=metadata, sync=options.sync)
             undo.callback(drive.unlink)
         machine = _machine(guest, choice, report, disk, written, sha256=file_digest(disk, control=control))
         control.check()
         write_file(description, machine.dumps(), sync=options.sync)
         undo.pop_all()
-    warnings = (*choice.warnings, *_warnings(guest, report, options))
+    warnings = (*choice.warnings, *(metadata.warnings if metadata else ()), *_warnings(report, options))
     return Bundle(folder, machine, report, choice, warnings)
 
 
@@ -245,9 +294,6 @@ def file_digest(path: Path, *, control: Control = SILENT) -> str:
     return digest.hexdigest()
 
 
-def _warnings(guest: Guest, report: Report, options: ConvertOptions) -> Iterator[str]:
-    spec = guest.spec
-    if not spec.ssh_keys and spec.password is None and spec.user_data is None:
-        yield "neither key nor password nor user data: nobody will be able to log in (add --ssh-key FILE)"
+def _warnings(report: Report, options: ConvertOptions) -> Iterator[str]:
     if options.size is None and report.virtual_size < SMALL_DISK:
         yield f"the disk has {report.virtual_size} bytes, little for a guest at work (add --size 20G)"

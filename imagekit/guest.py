@@ -16,6 +16,7 @@ from pathlib import Path
 from uuid import UUID, uuid4, uuid5
 
 from imagekit.cloudinit.model import Network, Spec, derive_mac, load_spec, parse_spec
+from imagekit.cloudinit.passwords import generate_password as make_password
 from imagekit.errors import InvalidSpec, UsageError
 from imagekit.machine import Nic
 
@@ -31,6 +32,8 @@ class Guest:
     spec: Spec
     uuid: str
     mac: str
+    generated: bool = False
+    """Whether the password was made here, so that somebody has to be told."""
 
     @property
     def nics(self) -> tuple[Nic, ...]:
@@ -48,21 +51,30 @@ def make_guest(
     spec: SpecLike | None = None,
     *,
     default_name: str | None = None,
+    default_uuid: str | None = None,
     network: str | Mapping[str, object] | None = None,
     mac: str | None = None,
+    generate_password: bool = False,
     **fields: object,
 ) -> Guest:
     """The guest that a spec (a file, plain values or a Spec) and keywords describe.
 
     ``fields`` are those of the spec, None for not given; ``machine`` and ``meta`` are merged key by key.
-    ``network`` is ``"dhcp"`` or the spec's network section. Raises InvalidSpec, SourceError or UsageError.
+    ``network`` is ``"dhcp"`` or the spec's network section; ``generate_password`` makes up a password.
+    Raises InvalidSpec, SourceError or UsageError.
     """
     given = {key: value for key, value in fields.items() if value is not None}
+    if generate_password:
+        if "password" in given:
+            raise UsageError("a password, and one to be made", hint="leave out one of them")
+        given["password"] = make_password()
     dhcp = network == "dhcp"
     if network is not None and not dhcp:
         given["network"] = network
-    parsed = _read(spec, given, {} if default_name is None else {"name": default_name})
-    uuid = parsed.uuid or str(uuid4())
+    defaults: dict[str, object] = {"name": default_name, "uuid": default_uuid}
+    defaults = {key: value for key, value in defaults.items() if value is not None}
+    parsed = _read(spec, given, defaults)
+    uuid = parsed.uuid or default_uuid or str(uuid4())
     parsed = parsed.model_copy(update={"uuid": uuid})
     if mac is not None and parsed.network is not None and not dhcp:
         raise UsageError("a MAC address and a network with links", hint="write the MAC into the network's link")
@@ -81,7 +93,7 @@ def make_guest(
     if parsed.random_seed == "random":
         seed = base64.b64encode(secrets.token_bytes(SEED_SIZE)).decode()
         parsed = parsed.model_copy(update={"random_seed": seed})
-    return Guest(parsed, uuid, mac or derive_mac(uuid))
+    return Guest(parsed, uuid, mac or derive_mac(uuid), generate_password)
 
 
 def _read(spec: SpecLike | None, given: dict[str, object], defaults: dict[str, object]) -> Spec:

@@ -20,6 +20,8 @@ bsdtar                                  libarchive-tools
 mdir                                    mtools
 mkfs.vfat                               dosfstools
 blkid                                   util-linux
+openssl                                 openssl
+ssh-keygen                              openssh-client
 sfdisk                                  fdisk
 zip                                     zip
 xz                                      xz-utils

@@ -9,7 +9,10 @@ import pytest
 
 from fixtures.efi_disks import ESP, UEFI_CA, Fat, gpt_disk, loader
 from imagekit.cli.app import run
+from imagekit.cloudinit.iso import read_iso
+from imagekit.cloudinit.tree import MetadataTree
 from imagekit.machine import Machine
+from tests.cloudinit_specs import KEY
 
 
 @pytest.fixture
@@ -131,3 +134,73 @@ def test_a_medium_with_the_name_of_another_is_refused(
     assert run(["configdrive", str(tmp_path / arguments[0]), *arguments[1:]]) == code
     assert hint in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_for_another_machine_is_refused_before_anything_is_written(
+    bios_image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, out = tmp_path / "b", tmp_path / "drive.iso"
+    assert run(["prepare", str(bios_image), "--out", str(bundle), "--mac", "02:15:5d:00:00:01", "-q"]) == 0
+    spec = tmp_path / "spec.json"
+    link = {"id": "eth0", "mac": "02:15:5d:00:00:02"}
+    network = {"links": [link], "networks": [{"link": "eth0", "type": "ipv4_dhcp"}]}
+    spec.write_text(json.dumps({"name": "a", "network": network, "user_data": "#cloud-config\n{}\n"}))
+    arguments = ["configdrive", str(out), "--spec", str(spec)]
+    assert run([*arguments, "--machine", str(bundle)]) == 2
+    assert "mac-unknown" in capsys.readouterr().err
+    assert not out.exists()
+    assert run(arguments) == 0
+
+
+def test_strict_refuses_what_is_otherwise_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["configdrive", str(tmp_path / "a.iso")]) == 0
+    assert "nobody will be able to log in" in capsys.readouterr().err
+    assert run(["configdrive", str(tmp_path / "b.iso"), "--strict"]) == 2
+    assert not (tmp_path / "b.iso").exists()
+
+
+def test_the_schema_is_a_json_schema_of_the_spec(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["configdrive", "--schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["$schema"].endswith("2020-12/schema")
+    assert {"name", "network", "user_data_file"} <= schema["properties"].keys()
+
+
+def test_a_password_that_was_made_goes_to_its_file_and_its_hash_to_the_guest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, secret = tmp_path / "a.iso", tmp_path / "secret"
+    assert run(["configdrive", str(out), "--generate-password", "--password-out", str(secret)]) == 0
+    password = secret.read_text().strip()
+    assert len(password) == 20 and secret.stat().st_mode & 0o777 == 0o600
+    assert password.encode() not in out.read_bytes() and b"$6$rounds=" in out.read_bytes()
+    assert password not in "".join(capsys.readouterr())
+
+
+def test_a_password_is_not_made_for_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = tmp_path / "key.pub"
+    key.write_text(KEY + "\n")
+    assert run(["configdrive", str(tmp_path / "a.iso"), "--generate-password", "--ssh-key", str(key)]) == 2
+    assert "ssh-rsa key only, and there is ssh-ed25519" in capsys.readouterr().err
+    assert not (tmp_path / "a.iso").exists()
+
+
+@pytest.mark.parametrize("datasource", ["nocloud", "cloudstack"])
+def test_the_data_source_decides_label_and_layout(tmp_path: Path, datasource: str) -> None:
+    out = tmp_path / "a.iso"
+    assert run(["configdrive", str(out), "--datasource", datasource, "-q"]) == 0
+    content = read_iso(out.read_bytes())
+    assert MetadataTree.recognise(content.label, content.tree) == MetadataTree(
+        datasource,  # type: ignore[arg-type]
+        content.label,
+        content.tree,
+    )
+
+
+def test_a_windows_guest_gets_its_adapter_called_ethernet(tmp_path: Path) -> None:
+    out = tmp_path / "a.iso"
+    arguments = ["--guest", "windows", "--network", "dhcp", "--random-seed", "-q"]
+    assert run(["configdrive", str(out), *arguments]) == 0
+    tree = read_iso(out.read_bytes()).tree
+    assert json.loads(tree["openstack/latest/network_data.json"])["links"][0]["id"] == "Ethernet"
+    assert len(json.loads(tree["openstack/latest/meta_data.json"])["random_seed"]) == 684

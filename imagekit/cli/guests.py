@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -58,6 +59,22 @@ def guest_fields(
         Path | None,
         typer.Option("--password-file", metavar="FILE", help="Administrator's password, the first line."),
     ] = None,
+    generate_password: Annotated[
+        bool,
+        typer.Option("--generate-password", help="Make a password; it is printed encrypted for the ssh-rsa key."),
+    ] = False,
+    password_out: Annotated[
+        Path | None,
+        typer.Option("--password-out", metavar="FILE", help="Write the password that was made to this file instead."),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option("--guest", metavar="PROFILE", help="linux (default), debian12, rhel, windows, flatcar or fcos."),
+    ] = None,
+    hyperv_tools: Annotated[
+        bool, typer.Option("--hyperv-tools", help="Have the guest install the daemons that tell Hyper-V its address.")
+    ] = False,
+    random_seed: Annotated[bool, typer.Option("--random-seed", help="Add 512 random bytes for the guest.")] = False,
     network: Annotated[
         str | None,
         typer.Option("--network", metavar="dhcp|FILE", help="dhcp, or a file with the network section of a spec."),
@@ -70,6 +87,12 @@ def guest_fields(
     from imagekit.cloudinit.specfile import read_regular_file, read_spec_file
 
     fields: dict[str, Any] = {"name": name, "hostname": hostname, "uuid": uuid, "mac": mac, "network": network}
+    fields |= {
+        "guest": profile,
+        "hyperv_tools": hyperv_tools or None,
+        "random_seed": "random" if random_seed else None,
+    }
+    fields |= {"generate_password": generate_password, "password_out": password_out}
     if ssh_key:
         texts = [read_regular_file(path, limit=MAX_FILE).decode("utf-8", "replace") for path in ssh_key]
         fields["ssh_keys"] = [line.strip() for text in texts for line in text.splitlines() if _is_key(line)]
@@ -131,9 +154,15 @@ def metadata_fields(
     network_config: Annotated[
         int, typer.Option("--network-config", metavar="1|2", help="Version of NoCloud's network-config.")
     ] = 2,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse also what lint only warns of.")] = False,
 ) -> dict[str, Any]:
     """How the metadata is written."""
-    return {"datasource": datasource, "nova_compatible": nova_compatible, "network_config": network_config}
+    return {
+        "datasource": datasource,
+        "nova_compatible": nova_compatible,
+        "network_config": network_config,
+        "strict": strict,
+    }
 
 
 @app.command()
@@ -151,6 +180,15 @@ def configdrive(
         ),
     ] = None,
     spec: Spec = None,
+    machine: Annotated[
+        Path | None,
+        typer.Option(
+            "--machine", metavar="BUNDLE", help="The machine it is for: its adapters have to be the spec's."
+        ),
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of a spec, and write nothing.")
+    ] = False,
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
 ) -> None:
@@ -159,6 +197,11 @@ def configdrive(
     It is read back and compared before it gets its name, and only its owner may read it. With --check nothing is
     written: any medium is read, and exit 11 says that guests cannot use it.
     """
+    if schema:
+        from imagekit.cloudinit.model import spec_schema
+
+        ui.result(spec_schema(), lambda: json.dumps(spec_schema(), indent=2))
+        return
     if check is not None:
         if out is not None:
             raise UsageError(f"--check reads {check}, and {out} would be written", hint="leave out one of them")
@@ -168,9 +211,20 @@ def configdrive(
         raise UsageError("no name for the medium", hint="name the file to write, or a medium to --check")
     if spec is None and guest["name"] is None:
         guest["name"] = "guest"
-    drive = api.build_config_drive(spec, out, overwrite=overwrite, sync=not no_sync, **medium, **metadata, **guest)
+    drive = api.build_config_drive(
+        spec, out, machine_of=machine, overwrite=overwrite, sync=not no_sync, **medium, **metadata, **guest
+    )
+    for warning in drive.warnings:
+        ui.warn(warning)
     what = f"{drive.path}: config drive for {drive.uuid}, {drive.packing.name}"
-    ui.result(drive.to_json(), f"{what}, {drive.size} bytes, sha256 {drive.sha256}")
+    ui.result(
+        drive.to_json(), f"{what}, {drive.size} bytes, sha256 {drive.sha256}{_password(drive.encrypted_password)}"
+    )
+
+
+def _password(encrypted: str | None) -> str:
+    """How a password that was made is handed over, for people."""
+    return "" if encrypted is None else f"\npassword, encrypted for the ssh-rsa key: {encrypted}"
 
 
 @app.command()
@@ -255,7 +309,7 @@ def prepare(
             "config drive": made.media[1].path if len(made.media) > 1 else "none",
             "MAC": ", ".join(nic.mac for nic in made.nics),
         }
-        return table(rows) + f"\n\nnext: imagekit boot {bundle.path}"
+        return table(rows) + f"{_password(bundle.encrypted_password)}\n\nnext: imagekit boot {bundle.path}"
 
     ui.result(bundle.to_json(), human)
 
