@@ -498,15 +498,13 @@ def boot(
 
     if not is_hyperv(on):
         raise UsageError(f"booting on {on!r}", hint="use qemu, hyperv or hyperv://HOST")
-    if rehearse:
-        result = rehearsal.wait(timeout)
-        if result.verdict != "booted":
-            return result
     host.setdefault("control", Control(None, cancel))
     stage = open_launcher(
         bundle, on, marker=marker, out=None if out is None else Path(out), on_event=on_event, **host
     )
     try:
+        if rehearse and (result := rehearsal.wait(timeout)).verdict != "booted":
+            return result
         stage.create()
         stage.start()
         return stage.wait(timeout)

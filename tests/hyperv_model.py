@@ -76,6 +76,9 @@ class ModelHost:
         self.machines: dict[str, ModelMachine] = {}
         self.switches = {"LAN"}
         self.free = 1 << 40
+        self.disks: dict[str, bytes] = {}
+        """Content of disks, by path, as the host reads it."""
+        self.checks: list[dict[str, str]] = [{"name": "module", "status": "ok", "detail": "Hyper-V 2.0.0.0"}]
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.faults: dict[int, Fault] = {}
         """By number of the call from now on."""
@@ -151,6 +154,23 @@ class ModelHost:
         if asked["hash"]:
             info["sha256"] = hashlib.sha256(file.data).hexdigest()
         return info
+
+    def _observe(self, asked: dict[str, Any], *, halfway: bool) -> dict[str, Any]:
+        on = self._machine(asked).state == "Running"
+        return {"state": "Running" if on else "Off", "heartbeat": "OkApplicationsUnknown" if on else ""} | {
+            "addresses": ["192.0.2.77"] if on else [],
+            "neighbours": [],
+        }
+
+    def _read_serial(self, asked: dict[str, Any], *, halfway: bool) -> dict[str, Any]:
+        return {"data": ""}
+
+    def _selftest(self, asked: dict[str, Any], *, halfway: bool) -> dict[str, Any]:
+        return {"checks": self.checks}
+
+    def _hash_disk(self, asked: dict[str, Any], *, halfway: bool) -> dict[str, Any]:
+        content = self.disks[asked["path"]]
+        return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest().upper()}
 
     # --- files ---
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import ntpath
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,7 +24,7 @@ from imagekit.hyperv.journal import NAME
 from imagekit.hyperv.stage import HyperVLauncher, StageOptions
 from imagekit.hyperv.transport import HostError, TransportError
 from imagekit.machine import FILE_NAME, Machine
-from tests.hyperv_model import FAULTS, STORE, Fault, Killed, ModelHost
+from tests.hyperv_model import FAULTS, STORE, Fault, Killed, ModelFile, ModelHost
 
 UUID = "8f2a6d5c-9d3e-4a54-8d4e-0f9b8d1f1c11"
 DISK, DRIVE = b"the disk" * 100, b"the config drive" * 20
@@ -180,6 +181,32 @@ def test_a_second_hop_is_refused_with_its_reason(bundle: Path, host: ModelHost) 
         HyperVLauncher(bundle, host, options).create()
     assert caught.value.hint is not None and "credssp" in caught.value.hint
     assert not host.calls
+
+
+def test_files_go_through_a_share_that_is_the_store(bundle: Path, host: ModelHost, tmp_path: Path) -> None:
+    """Of any size; what the share holds is what the host hashes."""
+    share = tmp_path / "mounted"
+    share.mkdir()
+
+    def smb(operation: str, asked: dict[str, Any]) -> None:
+        if operation == "make-folder":
+            (share / ntpath.basename(asked["path"])).mkdir()
+        for path in share.rglob("*.*"):
+            there = f"{STORE}\\{path.parent.name}\\{path.name}"
+            host.files.setdefault(there.lower(), ModelFile(there, path.read_bytes()))
+            path.unlink()
+
+    host.before = smb
+    HyperVLauncher(bundle, host, StageOptions(share=share)).create()
+    assert "write-chunk" not in operations(host)
+    assert sorted(file.data for file in host.files.values()) == sorted([DISK, DRIVE])
+    assert [machine.stage for machine in host.machines.values()] == ["ready"]
+
+
+def test_a_share_that_is_not_mounted_is_said_before_anything_is_sent(bundle: Path, host: ModelHost) -> None:
+    with pytest.raises(TargetError, match="no folder here"):
+        HyperVLauncher(bundle, host, StageOptions(share=bundle / "none")).create()
+    assert operations(host) == ["probe"]
 
 
 def test_two_runs_at_once_are_refused(bundle: Path, host: ModelHost) -> None:

@@ -84,6 +84,8 @@ class WsmanEndpoint:
     ) -> None:
         self.answering, self.auth, self.user, self.password = answering, auth, user, password
         self.fault = fault
+        self.hang_up = False
+        """Set while a call is answered: its answer is lost with the connection."""
         self.calls: list[Call] = []
         self.wire = bytearray()
         """All bytes of all requests' bodies, as they came over the wire."""
@@ -262,6 +264,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(500, b"a message that is not sealed")
             return
         status, answer = endpoint.respond(self._open(body) if sealed else body)
+        if endpoint.hang_up:
+            endpoint.hang_up = False
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
         running = any(shell.done for shell in endpoint.shells.values())
         if running and endpoint.fault == "hang-up":
             self.connection.shutdown(socket.SHUT_RDWR)

@@ -118,6 +118,8 @@ def _what_is_left(arguments: list[str]) -> str:
         return "the child still holds all it held: merge it again, with --ignore-parent-id"
     if "--repair" in arguments or {"resize", "rebase"} & set(arguments[:1]):
         return "the disk is as it was or as it was to be: run it again"
+    if arguments[:1] == ["hyperv"] or any(word.startswith("hyperv") for word in arguments[1:]):
+        return "what it made on the host is undone, or named by the journal"
     return "nothing is left behind"
 
 

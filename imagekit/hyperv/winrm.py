@@ -201,6 +201,9 @@ class WinrmTransport:
         except Exception as error:
             self.close()
             raise _explain(error, self._endpoint) from error
+        except BaseException:  # Ctrl-C within a message: what follows needs another connection
+            self.close()
+            raise
 
 
 def _explain(error: Exception, endpoint: Endpoint) -> TransportError:
