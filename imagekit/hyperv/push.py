@@ -87,7 +87,9 @@ def push_file(
     try:
         host.call("publish-file", parameters, timeout=hash_seconds(item.size))
     except HostError as error:
-        journal.gone("file", item.target)
+        if error.kind == "exists":
+            # Somebody else's. After any other failure the .part tells whether ours got its name.
+            journal.gone("file", item.target)
         if error.kind == "mismatch":
             raise VerificationFailed(f"{item.target} did not arrive as it was sent: {error.message}") from error
         raise
