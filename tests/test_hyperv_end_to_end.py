@@ -113,7 +113,10 @@ def test_a_failure_on_the_host_has_its_exit_code_and_is_undone(
     assert not model.files and not model.machines
 
 
-@pytest.mark.parametrize("operation", ["publish-file", "create", "attach", "finish"])
+@pytest.mark.parametrize(
+    "operation",
+    ["create", *(pytest.param(name, marks=pytest.mark.slow) for name in ("publish-file", "attach", "finish"))],
+)
 def test_a_connection_that_breaks_after_the_host_acted_is_undone_over_a_new_one(
     bundle: Path, endpoint: WsmanEndpoint, model: ModelHost, operation: str
 ) -> None:

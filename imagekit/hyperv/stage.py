@@ -189,7 +189,7 @@ class HyperVLauncher:
         foreign = [one for one in found if one not in machines]
         if foreign:
             raise UnsafeImage(
-                f"{self._host.target} has another machine named {self.machine.name!r}, or with the uuid {self._uuid}: "
+                f"{self._host.target} has another machine named {self.machine.name!r}, or with its uuid: "
                 + ", ".join(f"{one['name']} in {one['path']}" for one in foreign),
                 rule="name-taken",
                 hint="prepare the bundle under another --name; imagekit touches no machine that it did not make",
