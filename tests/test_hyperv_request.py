@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ntpath
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imagekit.cloudinit.iso import write_iso
 from imagekit.errors import InvalidSpec, UnsupportedFeature, UsageError
 from imagekit.hyperv.request import (
     as_family,
@@ -16,11 +18,11 @@ from imagekit.hyperv.request import (
     check_host_path,
     check_name,
     check_switch,
-    data_source_hint,
     is_below,
     kvp_pairs,
+    serial_number,
 )
-from imagekit.hyperv.settings import settings_of
+from imagekit.hyperv.settings import is_nocloud, settings_of
 from imagekit.machine import Machine
 
 UUID = "8f2a6d5c-9d3e-4a54-8d4e-0f9b8d1f1c11"
@@ -185,9 +187,18 @@ def test_ignition_is_split_at_one_kibibyte_and_never_within_a_character() -> Non
 
 
 def test_a_nocloud_drive_gets_a_hint_unless_the_machine_has_a_serial_number() -> None:
-    assert data_source_hint(machine(), "nocloud") == "ds=nocloud"
-    assert data_source_hint(machine(), "configdrive") is None
-    assert data_source_hint(machine(smbios={"serial": "S1"}), "nocloud") == "S1"
+    assert serial_number(machine(), nocloud=True) == "ds=nocloud"
+    assert serial_number(machine(), nocloud=False) is None
+    assert serial_number(machine(smbios={"serial": "S1"}), nocloud=True) == "S1"
+
+
+def test_a_nocloud_drive_is_known_by_its_volume(tmp_path: Path) -> None:
+    for label, expected in (("cidata", True), ("CIDATA", True), ("config-2", False)):
+        path = tmp_path / label
+        path.write_bytes(write_iso({"meta-data": b"x"}, label=label))
+        assert is_nocloud(path) is expected
+    (tmp_path / "rubbish").write_bytes(b"x" * 100)
+    assert not is_nocloud(tmp_path / "rubbish")
 
 
 def test_the_digest_of_a_machine_follows_what_is_asked_for() -> None:

@@ -146,14 +146,12 @@ def _parts(text: str) -> Iterator[str]:
         start = end
 
 
-def data_source_hint(machine: Machine, datasource: str | None) -> str | None:
-    """The serial number to set: as machine.json says, else for a NoCloud drive a hint that cloud-init waits for it.
+def serial_number(machine: Machine, *, nocloud: bool) -> str | None:
+    """The serial number to set: as machine.json says, else for a NoCloud drive a hint that makes cloud-init wait.
 
     cloud-init looks for a medium once; a DVD that shows up late is missed unless the serial number says ds=nocloud.
     """
-    if machine.smbios.serial is not None:
-        return machine.smbios.serial
-    return "ds=nocloud" if datasource == "nocloud" else None
+    return machine.smbios.serial or ("ds=nocloud" if nocloud else None)
 
 
 def same_machine(path: str, other: str) -> bool:

@@ -10,22 +10,28 @@ import hashlib
 import json
 import ntpath
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from imagekit.cloudinit.iso9660 import volume_descriptors
+from imagekit.errors import ImagekitError
 from imagekit.hyperv import operations
 from imagekit.hyperv.contract import OPERATIONS, check_parameters
 from imagekit.hyperv.host import Host
 from imagekit.hyperv.push import Item
-from imagekit.hyperv.request import Place, data_source_hint, kvp_pairs, slot_of
+from imagekit.hyperv.request import Place, kvp_pairs, serial_number, slot_of
 from imagekit.launch.launcher import LaunchPlan, PlannedStep
 from imagekit.machine import Machine
 
+ISO_HEAD = 64 << 10
+"""Bytes in which an ISO's volume descriptors lie."""
 RUN, MACHINE_ID = "RUN", "MACHINE-ID"
 """In a plan: what only a run knows."""
 TEMPLATES = {"off": None, "linux": "MicrosoftUEFICertificateAuthority", "windows": "MicrosoftWindows"}
 
 
-def settings_of(machine: Machine, where: Place, *, datasource: str | None = None) -> dict[str, dict[str, Any]]:
+def settings_of(machine: Machine, where: Place, *, nocloud: bool = False) -> dict[str, dict[str, Any]]:
     """By operation: create, configure, attach, finish."""
     media = zip(machine.media, where.files, strict=True)
     settings: dict[str, dict[str, Any]] = {
@@ -49,7 +55,7 @@ def settings_of(machine: Machine, where: Place, *, datasource: str | None = None
                 for index, nic in enumerate(machine.nics)
             ],
             "pipe": f"\\\\.\\pipe\\{machine.uuid}_com1",
-            "serial_number": data_source_hint(machine, datasource),
+            "serial_number": serial_number(machine, nocloud=nocloud),
             "asset_tag": machine.smbios.chassis_asset_tag,
             "kvp": kvp_pairs(machine),
         },
@@ -64,6 +70,15 @@ def settings_of(machine: Machine, where: Place, *, datasource: str | None = None
     spec = hashlib.sha256(text.encode()).hexdigest()[:32]
     settings["create"]["spec"] = settings["finish"]["spec"] = spec
     return settings
+
+
+def is_nocloud(drive: Path) -> bool:
+    """Whether a medium is one of cloud-init's NoCloud: an ISO whose volume is named cidata."""
+    with drive.open("rb") as file:
+        head = file.read(ISO_HEAD)
+    with suppress(ImagekitError):
+        return any(found.label.casefold() == "cidata" for found in volume_descriptors(head))
+    return False
 
 
 def plan_of(

@@ -25,7 +25,7 @@ from imagekit.hyperv.journal import NAME as JOURNAL
 from imagekit.hyperv.journal import Journal
 from imagekit.hyperv.push import Item, check_route, push_file
 from imagekit.hyperv.request import Place, check, check_host_path
-from imagekit.hyperv.settings import find_parameters, plan_of, preflight_parameters, settings_of
+from imagekit.hyperv.settings import find_parameters, is_nocloud, plan_of, preflight_parameters, settings_of
 from imagekit.hyperv.undo import ours, remove, settle, try_remove
 from imagekit.hyperv.waiting import Waiter
 from imagekit.launch.launcher import LaunchPlan, OnEvent
@@ -49,7 +49,6 @@ class StageOptions:
     out: Path | None = None
     on_event: OnEvent | None = None
     control: Control = SILENT
-    datasource: str | None = None
 
 
 @dataclass(slots=True)
@@ -307,7 +306,8 @@ class HyperVLauncher:
         return machines[0]
 
     def _settings(self, where: Place) -> dict[str, dict[str, Any]]:
-        return settings_of(self.machine, where, datasource=self._options.datasource)
+        drives = [self._folder / medium.path for medium in self.machine.media if medium.kind == "dvd"]
+        return settings_of(self.machine, where, nocloud=any(is_nocloud(drive) for drive in drives))
 
     def _spec(self, where: Place) -> str:
         return str(self._settings(where)["create"]["spec"])
