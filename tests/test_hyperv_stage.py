@@ -424,7 +424,7 @@ TestHostLife.settings = settings(
 def test_a_long_life_of_a_host() -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
-    run_state_machine_as_test(HostLife, settings=settings(max_examples=1500, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(HostLife, settings=settings(max_examples=300, stateful_step_count=30, deadline=None))
 
 
 def test_the_outcome_says_what_was_done(bundle: Path, host: ModelHost) -> None:
