@@ -82,6 +82,8 @@ class ModelHost:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.faults: dict[int, Fault] = {}
         """By number of the call from now on."""
+        self.merging = 0
+        """So many times a machine cannot be removed, because a job still merges its disks."""
         self.dead = False
         self.gone = False
         """The host does not answer any more."""
@@ -320,6 +322,9 @@ class ModelHost:
         if machine.uuid != asked["uuid"]:
             raise HostError("the machine's notes changed", kind="mismatch")
         machine.state = "Off"
+        if self.merging:
+            self.merging -= 1
+            raise HostError("disks are still being merged", kind="timeout")
         if not halfway:
             del self.machines[machine.id]
         return {"deleted": not halfway}

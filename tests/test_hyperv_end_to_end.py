@@ -26,6 +26,8 @@ from imagekit.hyperv.journal import Journal
 from imagekit.hyperv.push import Item, push_file
 from imagekit.hyperv.transport import HostError
 from imagekit.hyperv.winrm import Endpoint, WinrmTransport
+from imagekit.launch.qemu import QemuLauncher
+from imagekit.launch.result import BootResult
 from tests.hyperv_model import STORE, ModelHost
 from tests.test_hyperv_stage import FOLDER, UUID, measured, write_bundle
 from tests.wsman_endpoint import Call, Reply, WsmanEndpoint
@@ -101,6 +103,19 @@ def test_boot_on_a_host_is_create_start_and_wait(
     assert run(command) == 0
     assert json.loads(capsys.readouterr().out)["addresses"] == ["192.0.2.77"]
     assert [machine.state for machine in model.machines.values()] == ["Running"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "code", "sent"), [("no-boot", 17, False), ("unknown", 17, False), ("booted", 0, True)]
+)
+def test_a_bundle_whose_rehearsal_does_not_boot_is_not_sent(
+    bundle: Path, endpoint: WsmanEndpoint, monkeypatch: pytest.MonkeyPatch, verdict: Any, code: int, sent: bool
+) -> None:
+    rehearsed = BootResult("qemu", verdict, "firmware", (), None, None, 1.0, "tcg")
+    monkeypatch.setattr(QemuLauncher, "wait", lambda launcher, timeout: rehearsed)
+    on = f"hyperv+http://127.0.0.1:{endpoint.port}"
+    assert run(["boot", str(bundle), "--on", on, "--auth", "ntlm", "--rehearse", "-q"]) == code
+    assert bool(endpoint.calls) is sent
 
 
 def test_a_failure_on_the_host_has_its_exit_code_and_is_undone(

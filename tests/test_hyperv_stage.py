@@ -209,6 +209,52 @@ def test_a_share_that_is_not_mounted_is_said_before_anything_is_sent(bundle: Pat
     assert operations(host) == ["probe"]
 
 
+def test_a_sparse_file_is_refused_by_the_host_and_all_is_undone(bundle: Path, host: ModelHost) -> None:
+    def made_sparse(operation: str, asked: dict[str, Any]) -> None:
+        if operation == "attach":
+            host.files[f"{FOLDER}\\web1.vhd".lower()].sparse = True
+
+    host.before = made_sparse
+    with pytest.raises(HostError, match="0xC03A001A") as caught:
+        HyperVLauncher(bundle, host).create()
+    assert caught.value.kind == "sparse" and caught.value.exit_code == 16
+    assert not host.machines and not host.files and list(host.folders.values()) == [STORE]
+
+
+def test_a_slot_that_is_taken_is_a_failure_that_is_undone(bundle: Path, host: ModelHost) -> None:
+    def taken(operation: str, asked: dict[str, Any]) -> None:
+        if operation == "attach":
+            host.machines[asked["id"]].media["IDE", 1, 0] = "D:\\other.iso"
+
+    host.before = taken
+    with pytest.raises(HostError, match="slot is taken"):
+        HyperVLauncher(bundle, host).create()
+    assert not host.machines and not host.files
+
+
+def test_a_disk_that_somebody_replaced_has_lost_the_machines_rights(bundle: Path, host: ModelHost) -> None:
+    """Starting fails, and the machine stays for its owner to look at."""
+    launcher = HyperVLauncher(bundle, host)
+    launcher.create()
+    host.add_file(f"{FOLDER}\\web1.vhd", DISK)
+    with pytest.raises(HostError, match="0x80070005") as caught:
+        launcher.start()
+    assert caught.value.kind == "denied"
+    assert [(machine.stage, machine.state) for machine in host.machines.values()] == [("ready", "Off")]
+
+
+def test_deleting_while_a_job_merges_disks_fails_and_is_repeated(bundle: Path, host: ModelHost) -> None:
+    """Its files stay until the machine is gone."""
+    launcher = HyperVLauncher(bundle, host)
+    launcher.create()
+    host.merging = 1
+    with pytest.raises(HostError, match="being merged"):
+        launcher.delete()
+    assert len(host.machines) == 1 and len(host.files) == 2
+    launcher.delete()
+    assert not host.machines and not host.files
+
+
 def test_two_runs_at_once_are_refused(bundle: Path, host: ModelHost) -> None:
     from imagekit.hyperv.journal import Journal
 

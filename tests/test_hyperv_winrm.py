@@ -135,7 +135,7 @@ def test_a_host_that_stays_silent_is_given_up_in_time(ntlm_users: None) -> None:
         began = time.monotonic()
         with pytest.raises(TransportError, match="did not answer within 1 s"):
             ask(connect(endpoint), "x", timeout=1)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
 
 
 @pytest.mark.parametrize("fault", ["truncate-xml", "truncate-fragment", "hang-up", "no-frame"])
