@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from imagekit import api
+from imagekit.batch.tasks import perform
 from imagekit.errors import Cancelled, ImagekitError, UsageError
 from imagekit.formats.base import JSON, MiB
 from imagekit.progress import Callback, Progress
@@ -59,6 +60,7 @@ LONG: dict[str, Callable[..., Mapping[str, JSON]]] = {
     "compare": _report(api.compare),
     "measure": api.measure,
     "digest": _digest,
+    "perform": perform,
 }
 SHORT: dict[str, Callable[..., Mapping[str, JSON]]] = {
     "create": _report(api.create),

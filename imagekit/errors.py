@@ -140,6 +140,12 @@ class BootFailed(ImagekitError):
     exit_code = 17
 
 
+class BatchFailed(ImagekitError):
+    """Some items of a batch failed; the others are done."""
+
+    exit_code = 3
+
+
 class Cancelled(ImagekitError):
     """The caller asked to stop; nothing is left behind."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 import imagekit
-from imagekit.cli import cache, disks, guests, hyperv, images, planned
+from imagekit.cli import batch, cache, disks, guests, hyperv, images, planned
 from imagekit.cli.ui import show_error
 from imagekit.errors import EXIT_CODES, ImagekitError, UnsupportedFeature, UsageError
 
@@ -40,6 +40,7 @@ app.add_typer(disks.app)
 app.add_typer(guests.app)
 app.add_typer(hyperv.app, name="hyperv")
 app.add_typer(cache.app)
+app.add_typer(batch.app)
 
 
 @app.callback()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 COMMANDS = frozenset(
-    ("batch", "upload"),
+    ("upload",),
 )
 OPTIONS: dict[str, frozenset[str]] = {
     "info": frozenset(("--deep", "--hyperv")),

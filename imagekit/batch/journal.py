@@ -1,0 +1,153 @@
+"""What a batch has done, kept so that nothing but its end can lose it: an SQLite file beside the targets.
+
+One row an item, in one transaction each. ``done`` is written after the target has its name, with the target's digest:
+so a row that says done can be proven, and everything else is done again. Two runs never work on one folder at once
+(a lock beside the journal).
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from imagekit.batch.manifest import Item
+from imagekit.errors import TargetError
+from imagekit.locks import held
+
+NAME = "journal.sqlite"
+VERSION = 1
+WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS items (
+    target TEXT PRIMARY KEY,
+    number INTEGER NOT NULL,
+    source TEXT NOT NULL,
+    options TEXT NOT NULL,
+    state TEXT NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    started REAL,
+    finished REAL,
+    result TEXT
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An item as the journal knows it; ``result`` is what its task returned."""
+
+    item: Item
+    state: str
+    attempts: int = 0
+    started: float | None = None
+    finished: float | None = None
+    result: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self.started is None or self.finished is None else max(0.0, self.finished - self.started)
+
+
+class Journal:
+    """The journal of one folder. Used by one thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / NAME
+        self._db = sqlite3.connect(self.path, isolation_level=None)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.executescript(_TABLES)
+        self._db.execute("INSERT OR IGNORE INTO meta VALUES ('version', ?)", (str(VERSION),))
+        (found,) = self._db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
+        if found != str(VERSION):
+            self._db.close()
+            raise TargetError(
+                f"its version is {found}, {VERSION} was expected", path=self.path, hint="another folder"
+            )
+
+    def enter(self, items: Iterable[Item]) -> None:
+        """Make the journal hold exactly these items. An item that is another one than before starts anew."""
+        self._db.execute("BEGIN IMMEDIATE")
+        known = {
+            target: (source, options)
+            for target, source, options in self._db.execute("SELECT target, source, options FROM items")
+        }
+        wanted = {item.target: item for item in items}
+        self._db.executemany("DELETE FROM items WHERE target = ?", [(one,) for one in known if one not in wanted])
+        self._db.executemany(
+            "INSERT INTO items (target, number, source, options, state) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT (target) DO UPDATE SET number = excluded.number, source = excluded.source, "
+            "options = excluded.options, state = excluded.state, attempts = 0, started = NULL, finished = NULL, "
+            "result = NULL",
+            [
+                (item.target, item.number, item.source, _text(item.options), WAITING)
+                for item in wanted.values()
+                if known.get(item.target) != (item.source, _text(item.options))
+            ],
+        )
+        self._db.execute("COMMIT")
+
+    def start(self, target: str) -> None:
+        self._db.execute(
+            "UPDATE items SET state = ?, attempts = attempts + 1, started = ?, finished = NULL WHERE target = ?",
+            (RUNNING, time.time(), target),
+        )
+
+    def finish(self, target: str, state: str, result: Mapping[str, Any]) -> None:
+        self._db.execute(
+            "UPDATE items SET state = ?, finished = ?, result = ? WHERE target = ?",
+            (state, time.time(), _text(result), target),
+        )
+
+    def forget(self, targets: Iterable[str]) -> None:
+        """Let items start anew."""
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.executemany(
+            "UPDATE items SET state = ?, finished = NULL WHERE target = ?", [(WAITING, one) for one in targets]
+        )
+        self._db.execute("COMMIT")
+
+    def rows(self) -> Iterator[Row]:
+        """All items, in the manifest's order."""
+        query = (
+            "SELECT number, source, target, options, state, attempts, started, finished, result FROM items "
+            "ORDER BY number"
+        )
+        with closing(self._db.cursor()) as cursor:
+            for number, source, target, options, state, attempts, started, finished, result in cursor.execute(query):
+                item = Item(number, source, target, json.loads(options))
+                found = {} if result is None else json.loads(result)
+                yield Row(item, state, attempts, started, finished, found)
+
+    def close(self) -> None:
+        self._db.close()
+
+
+def _text(value: Mapping[str, Any]) -> str:
+    return json.dumps(dict(value), sort_keys=True)
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Journal]:
+    """The folder's journal, for this run alone. TargetError when another run works there."""
+    with held(folder / f".{NAME}.lock", wait=False) as taken:
+        if not taken:
+            raise TargetError(
+                "another batch works on this folder", path=folder, hint="wait for it, or choose another"
+            )
+        try:
+            journal = Journal(folder)
+        except sqlite3.Error as error:
+            raise TargetError(f"its journal cannot be used: {error}", path=folder) from error
+        try:
+            yield journal
+        finally:
+            journal.close()
