@@ -39,6 +39,8 @@ def workshop(tmp_path: Path) -> Path:
     spec = next(block for block in blocks("yaml") if block.startswith("# web1.yaml"))
     (tmp_path / "web1.yaml").write_text(spec)
     (tmp_path / "cache").mkdir()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "debian.qcow2").write_bytes((tmp_path / "debian.qcow2").read_bytes())
     (tmp_path / "instances" / "web3").mkdir(parents=True)
     return tmp_path
 
