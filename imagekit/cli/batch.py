@@ -83,7 +83,7 @@ def batch(
     out.mkdir(parents=True, exist_ok=True)
     cancel = threading.Event()
     shown = _Shown(ui, len(items))
-    with journal.opened(out) as book, _signals(cancel, shown):
+    with _signals(cancel, shown), journal.opened(out) as book:
         book.enter(items)
         pool = runner.cluster(scheduler) if scheduler else runner.local(jobs or runner.default_jobs(), cancel, shown)
         with pool as executor:
