@@ -82,6 +82,8 @@ class ModelHost:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.faults: dict[int, Fault] = {}
         """By number of the call from now on."""
+        self.sets_uuid = True
+        """Whether the uuid in the firmware's tables can be set."""
         self.merging = 0
         """So many times a machine cannot be removed, because a job still merges its disks."""
         self.dead = False
@@ -255,7 +257,7 @@ class ModelHost:
             if halfway:
                 break
         machine.settings |= {key: asked[key] for key in ("pipe", "serial_number", "asset_tag", "kvp")}
-        return {}
+        return {"uuid": machine.uuid if self.sets_uuid else "00000000-0000-0000-0000-000000000001"}
 
     def _attach(self, asked: dict[str, Any], *, halfway: bool) -> dict[str, Any]:
         machine = self._machine(asked)

@@ -255,6 +255,13 @@ def test_deleting_while_a_job_merges_disks_fails_and_is_repeated(bundle: Path, h
     assert not host.machines and not host.files
 
 
+def test_a_host_that_keeps_its_own_uuid_is_said(bundle: Path, host: ModelHost) -> None:
+    host.sets_uuid = False
+    launcher = HyperVLauncher(bundle, host)
+    launcher.create()
+    assert any("another uuid, 00000000-0000" in line for line in launcher.outcome.done)
+
+
 def test_two_runs_at_once_are_refused(bundle: Path, host: ModelHost) -> None:
     from imagekit.hyperv.journal import Journal
 

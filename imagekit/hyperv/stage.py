@@ -252,7 +252,11 @@ class HyperVLauncher:
         journal.made("machine", self._uuid)
         for operation in ("configure", "attach", "finish"):
             self._options.control.check()
-            host.call(operation, {"id": made["id"], **settings[operation]})
+            answer = host.call(operation, {"id": made["id"], **settings[operation]})
+            if operation == "configure" and answer.get("uuid") not in (None, self._uuid):
+                self._say(
+                    f"the firmware tells the guest another uuid, {answer['uuid']}: this host does not let it be set"
+                )
         self._say(f"made {self.machine.name}")
 
     @contextmanager
