@@ -82,6 +82,7 @@ class ModelHost:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.faults: dict[int, Fault] = {}
         """By number of the call from now on."""
+        self.has_hyperv = True
         self.sets_uuid = True
         """Whether the uuid in the firmware's tables can be set."""
         self.merging = 0
@@ -131,6 +132,8 @@ class ModelHost:
     # --- looking ---
 
     def _probe(self, asked: dict[str, Any], *, halfway: bool) -> dict[str, Any]:
+        if not self.has_hyperv:
+            raise HostError("there is no Hyper-V here", kind="unsupported")
         return {"store": STORE, "family": self.family}
 
     def _preflight(self, asked: dict[str, Any], *, halfway: bool) -> dict[str, Any]:

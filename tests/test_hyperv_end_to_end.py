@@ -183,6 +183,12 @@ def test_a_self_test_prints_what_was_found_and_compares_a_disk(
     model.checks = [{"name": "rights", "status": "failed", "detail": "not in Hyper-V Administrators"}]
     assert run(command) == 16
     assert json.loads(capsys.readouterr().out)["passed"] is False
+    # Any Windows can compare a disk; only a host passes without one.
+    model.has_hyperv, model.disks["D:\\disk.vhdx"] = False, disk.read_bytes().ljust(size, b"\0")
+    assert run([*command, *compare]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["family"], report["disk"]["same"]) == ("none", True)
+    assert run(command) == 16
 
 
 def test_a_plan_prints_scripts_and_data_and_reaches_nobody(

@@ -18,6 +18,8 @@ from imagekit.hyperv.passed import has_passed
 from imagekit.hyperv.request import Family, as_family
 from imagekit.hyperv.transport import Transport, TransportError
 
+ANY_WINDOWS = frozenset(("hash-disk",))
+"""Operations that need no Hyper-V, so that the kind of host is not asked for."""
 CALL_SECONDS = 120.0
 """For an operation that only looks or switches; those that hash a disk take a time-out of their own."""
 
@@ -76,13 +78,14 @@ class RealHost:
         self._transport.close()
 
     def call(self, operation: str, parameters: Mapping[str, Any], *, timeout: float = CALL_SECONDS) -> dict[str, Any]:
-        if self.family == "2008r2" and OPERATIONS[operation].changes and not has_passed(self.target, "2008r2"):
+        family = self._family if operation in ANY_WINDOWS else self.family
+        if family == "2008r2" and OPERATIONS[operation].changes and not has_passed(self.target, "2008r2"):
             raise UnsupportedFeature(
                 f"{self.target} is a Windows Server 2008 R2, and {operation} would change it: its scripts were never "
                 "run on one, so they stay a plan until a self-test has passed there",
                 hint="imagekit hyperv selftest --host HOST; what would be done: imagekit hyperv plan --family 2008r2",
             )
-        return self._ask(operation, self.family, parameters, timeout)
+        return self._ask(operation, family, parameters, timeout)
 
     def _ask(
         self, operation: str, family: Family | None, parameters: Mapping[str, Any], timeout: float

@@ -17,6 +17,7 @@ from imagekit.hyperv.host import Host
 from imagekit.hyperv.passed import remember_passed
 from imagekit.hyperv.push import hash_seconds
 from imagekit.hyperv.request import check_host_path
+from imagekit.hyperv.transport import HostError
 from imagekit.progress import Callback, Control
 from imagekit.sources import Reading, open_source
 
@@ -98,7 +99,10 @@ class SelftestReport:
 def run_selftest(
     host: Host, *, disk: Path | None = None, there: str | None = None, progress: Callback | None = None
 ) -> SelftestReport:
-    """Ask the host about itself; with ``disk`` also compare how both read it. ``there`` is its path on the host."""
+    """Ask the host about itself; with ``disk`` also compare how both read it. ``there`` is its path on the host.
+
+    The comparison needs Windows 8 or later and no Hyper-V: a computer without it is no failure then.
+    """
     comparison = None
     if disk is not None:
         if there is None and not host.local:
@@ -109,7 +113,13 @@ def run_selftest(
         size, sha256 = content_digest(disk, control=Control(progress))
         seen = host.call("hash-disk", {"path": path}, timeout=hash_seconds(size))
         comparison = DiskComparison(os.fspath(disk), size, sha256, seen["size"], str(seen["sha256"]).lower())
-    report = SelftestReport(host.target, host.family, host.call("selftest", {}), comparison)
+    try:
+        report = SelftestReport(host.target, host.family, host.call("selftest", {}), comparison)
+    except HostError as error:
+        if comparison is None or error.kind != "unsupported":
+            raise
+        missing = {"name": "hyper-v", "status": "missing", "detail": error.message}
+        return SelftestReport(host.target, "none", {"checks": [missing]}, comparison)
     if not report.failed:
         remember_passed(host.target, host.family)
     return report
