@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from imagekit.cloudinit.specfile import parse_yaml
+from imagekit.cloudinit.userdata import Kind, is_ignition, kind_of
 from imagekit.errors import InvalidSpec
 
 CLOUD_INIT_VERSIONS = (
@@ -136,41 +137,28 @@ def describe_user_data(data: bytes | None) -> str | None:
     """What user data is, by the way it begins, and how long; nothing of what it says."""
     if data is None:
         return None
-    head = data[:64].lower()
-    kind = next((kind for start, kind in _USER_DATA if head.startswith(start)), None)
-    if kind is None:
-        kind = "Ignition" if _is_ignition(data) else "nothing that agents know by its first line"
-    return "empty" if not data else f"{kind}, {len(data)} bytes"
+    if not data:
+        return "empty"
+    kind = kind_of(data if len(data) <= MAX_JSON else data[:MAX_JSON])
+    return f"{_KINDS.get(kind, kind)}, {len(data)} bytes"
 
 
-_USER_DATA = (
-    (b"#cloud-config-archive", "cloud-config archive"),
-    (b"#cloud-config-jsonp", "cloud-config patch"),
-    (b"#cloud-config", "cloud-config"),
-    (b"## template: jinja", "Jinja template"),
-    (b"#include", "list of addresses to fetch"),
-    (b"#cloud-boothook", "boot hook"),
-    (b"#part-handler", "part handler"),
-    (b"#ps1", "PowerShell"),
-    (b"<powershell>", "PowerShell"),
-    (b"<script>", "batch script"),
-    (b"rem cmd", "batch script"),
-    (b"#!", "script"),
-    (b"content-type: multipart/", "MIME multi-part"),
-    (b"mime-version:", "MIME multi-part"),
-    (b"-----begin certificate-----", "X.509 certificate"),
-    (b"\x1f\x8b", "gzip"),
-)
+_KINDS: dict[Kind, str] = {
+    "jinja": "Jinja template",
+    "include": "list of addresses to fetch",
+    "boothook": "boot hook",
+    "mime": "MIME multi-part",
+    "powershell": "PowerShell",
+    "cmd": "batch script",
+    "tagged-script": "batch script or PowerShell",
+    "pem": "X.509 certificate",
+    "ignition": "Ignition",
+    "unknown": "nothing that agents know by its first line",
+}
 
 
 def _is_ignition(data: bytes) -> bool:
-    if len(data) > MAX_JSON or not data.lstrip().startswith(b"{"):
-        return False
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and "ignition" in value
+    return len(data) <= MAX_JSON and is_ignition(data)
 
 
 def _key_names(meta: Mapping[str, Any]) -> list[str]:
@@ -351,8 +339,7 @@ def _ignition_config(medium: Medium, path: str) -> tuple[str, dict[str, Any]]:
     data = _content(medium.linux, path)
     if not _is_ignition(data):
         raise _NotFound(f"{path} is not an Ignition configuration")
-    config = json.loads(data)["ignition"]
-    version = config.get("version") if isinstance(config, dict) else None
+    version = json.loads(data)["ignition"].get("version")
     return "by its label, in an image for that platform", {"user-data": f"Ignition {version}, {len(data)} bytes"}
 
 

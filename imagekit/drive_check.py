@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from imagekit.cloudinit.agents import Medium, Seen, what_agents_see
 from imagekit.cloudinit.manifest import Entry, manifest
+from imagekit.cloudinit.tree import MetadataTree
 from imagekit.drives import Drive, Volume, read_drive
 from imagekit.formats.base import JSON
 from imagekit.report import SCHEMA
@@ -22,6 +23,9 @@ class VolumeCheck:
     """One file system of a medium."""
 
     volume: Volume
+    tree: MetadataTree | None
+    """What its files are meant for, as far as they show; None when they are no metadata."""
+
     files: tuple[Entry, ...]
     seen: tuple[Seen, ...]
     problems: tuple[str, ...]
@@ -32,6 +36,7 @@ class VolumeCheck:
             "label": self.volume.label,
             "partition": self.volume.partition,
             "details": list(self.volume.details),
+            "datasource": None if self.tree is None else self.tree.datasource,
             "files": [entry.to_json() for entry in self.files],
             "agents": [seen.to_json() for seen in self.seen],
         }
@@ -82,7 +87,8 @@ def _check_volume(drive: Drive, volume: Volume) -> VolumeCheck:
         partitioned=volume.partition is not None,
         disk=drive.format != "raw",
     )
-    return VolumeCheck(volume, manifest(volume.tree), what_agents_see(medium), tuple(_problems(volume)))
+    tree = MetadataTree.recognise(volume.label, volume.tree)
+    return VolumeCheck(volume, tree, manifest(volume.tree), what_agents_see(medium), tuple(_problems(volume)))
 
 
 def _problems(volume: Volume) -> Iterator[str]:

@@ -21,7 +21,7 @@ from tests.test_media import ID
 
 pytestmark = pytest.mark.oracle
 
-SPEC = parse_spec(FULL)
+SPEC = parse_spec({**FULL, "guest": "windows"})
 TREE = config_drive_tree(SPEC)
 NO_CLOUD = {
     "meta-data": b"instance-id: i-0123\nlocal-hostname: web1\n",

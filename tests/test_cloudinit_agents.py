@@ -12,7 +12,7 @@ from imagekit.cloudinit.configdrive import config_drive_tree
 from imagekit.cloudinit.model import parse_spec
 from tests.cloudinit_specs import FULL, KEY, MAC, UUID
 
-TREE = config_drive_tree(parse_spec(FULL))
+TREE = config_drive_tree(parse_spec({**FULL, "guest": "windows"}))
 NO_CLOUD = {
     "meta-data": f'instance-id: i-1\nlocal-hostname: web1\npublic-keys: ["{KEY}"]\n'.encode(),
     "user-data": b"#cloud-config\n",
@@ -213,7 +213,7 @@ def test_metadata_that_is_no_yaml_mapping_is_said(content: bytes) -> None:
     ("data", "kind"),
     [
         (b"#cloud-config\n", "cloud-config"),
-        (b"#cloud-config-archive\n", "cloud-config archive"),
+        (b"#cloud-config-archive\n", "cloud-config-archive"),
         (b"#!/bin/sh\n", "script"),
         (b"#ps1_sysnative\n", "PowerShell"),
         (b"rem cmd\r\n", "batch script"),

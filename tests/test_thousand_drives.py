@@ -15,6 +15,7 @@ from tests.cloudinit_specs import FULL
 pytestmark = pytest.mark.slow
 
 WARM_UP = 50
+SPEC = {key: value for key, value in FULL.items() if key != "password"}  # a hash is meant to take its time
 
 
 @pytest.mark.parametrize(("name", "count"), [("drive.iso", 1000), ("drive.img", 200), ("drive.vhdx", 200)])
@@ -25,7 +26,7 @@ def test_a_thousand_drives_take_no_more_memory_than_fifty(tmp_path: Path, name: 
     for number in range(count):
         if number == WARM_UP:
             before = resident()
-        spec = {**FULL, "uuid": f"00000000-0000-4000-8000-{number + 1:012x}", "name": f"web{number}"}
+        spec = {**SPEC, "uuid": f"00000000-0000-4000-8000-{number + 1:012x}", "name": f"web{number}"}
         media = "vfat" if name.endswith("img") else "iso"
         drive = api.build_config_drive(spec, tmp_path / name, media=media, overwrite=True, sync=False)  # type: ignore[arg-type]
         digests.add(drive.sha256)
@@ -39,12 +40,12 @@ def test_a_thousand_drives_take_no_more_memory_than_fifty(tmp_path: Path, name: 
 def test_what_a_drive_takes_is_given_back(tmp_path: Path) -> None:
     """In bytes that Python counts: nothing is kept of a drive that is done."""
     for _ in range(3):
-        api.build_config_drive(FULL, tmp_path / "drive.vhdx", media="vfat", overwrite=True, sync=False)
+        api.build_config_drive(SPEC, tmp_path / "drive.vhdx", media="vfat", overwrite=True, sync=False)
     tracemalloc.start()
     try:
         first = tracemalloc.get_traced_memory()[0]
         for _ in range(20):
-            api.build_config_drive(FULL, tmp_path / "drive.vhdx", media="vfat", overwrite=True, sync=False)
+            api.build_config_drive(SPEC, tmp_path / "drive.vhdx", media="vfat", overwrite=True, sync=False)
         assert tracemalloc.get_traced_memory()[0] - first < 256 << 10
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:

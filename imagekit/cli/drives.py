@@ -45,7 +45,8 @@ def _lines(checked: DriveCheck) -> Iterator[str]:
 def _volume(checked: VolumeCheck) -> Iterator[str]:
     volume = checked.volume
     name = {"iso9660": "ISO 9660", "vfat": "VFAT"}[volume.file_system]
-    yield f"{name} ({', '.join(volume.details)}) on {volume.place}, label {volume.label!r}"
+    kind = "" if checked.tree is None else f", the files of {checked.tree.datasource}"
+    yield f"{name} ({', '.join(volume.details)}) on {volume.place}, label {volume.label!r}{kind}"
     yield from (_file(entry) for entry in checked.files)
     yield ""
     width = max(len(seen.agent) for seen in checked.seen)
