@@ -16,6 +16,7 @@ import yaml
 
 from imagekit.cloudinit.lint_rules import CLOUD_INIT, Problem
 from imagekit.cloudinit.model import GuestProfile
+from imagekit.cloudinit.specfile import load_yaml
 from imagekit.cloudinit.tree import LABELS, MetadataTree
 
 _NEWEST_OF_CLOUD_INIT = "2018-08-27"
@@ -82,7 +83,7 @@ def _parse(tree: MetadataTree, path: str, rule: str, broken: list[Problem]) -> A
         return {} if path == "meta-data" else None
     try:
         text = content.decode()
-        return json.loads(text) if as_json else yaml.safe_load(text)
+        return json.loads(text) if as_json else load_yaml(text)
     except UnicodeDecodeError:
         broken.append(Problem(rule, "it is not UTF-8", path))
     except json.JSONDecodeError as error:
@@ -159,7 +160,8 @@ def _openstack(tree: MetadataTree, meta: Mapping[str, Any], path: str) -> Iterat
             base64.b64decode(str(seed), validate=True)
         except (binascii.Error, ValueError):
             yield Problem("random-seed", "random_seed is not base64", path)
-    for entry in meta.get("files") or ():
+    files = meta.get("files")
+    for entry in files if isinstance(files, list) else ():
         content = entry.get("content_path") if isinstance(entry, dict) else None
         if not isinstance(content, str) or f"openstack/{content.lstrip('/')}" not in tree.files:
             named = entry.get("path") if isinstance(entry, dict) else entry

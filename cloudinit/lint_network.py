@@ -238,6 +238,11 @@ def _for_guests(found: Found, path: str, as_json: bool) -> Iterator[Problem]:
 _EVERYWHERE = ("0.0.0.0", "::", "0.0.0.0/0", "::/0", "default")
 
 
+def _values(value: object) -> list[object]:
+    """What is in a list; nothing for what is none."""
+    return value if isinstance(value, list) else []
+
+
 def _list(value: object) -> list[Mapping[str, Any]]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
@@ -310,8 +315,8 @@ def _version_1(network: Mapping[str, Any], path: str, found: Found) -> None:
         if kind not in kinds:
             continue
         name = str(item.get("name"))
-        below = item.get("bond_interfaces") or item.get("bridge_interfaces") or [item.get("vlan_link")]
-        below = () if kind == "physical" else tuple(str(one) for one in below)
+        ports = item.get("bond_interfaces") or item.get("bridge_interfaces") or [item.get("vlan_link")]
+        below = () if kind == "physical" else tuple(str(one) for one in _values(ports))
         found.links.append(Link(name, kinds[kind], _text(item.get("mac_address")), below, where))
         for subnet in _list(item.get("subnets")):
             type_ = str(subnet.get("type"))
@@ -343,18 +348,18 @@ def _version_2(network: Mapping[str, Any], path: str, found: Found) -> None:
             by_name = kind == "phy" and mac is None
             if by_name:  # netplan allows it, and only cloudbase-init trips over it
                 found.problems.append(Problem("windows-network-config", "no match by macaddress", where))
-            below = device.get("interfaces") or ([device["link"]] if device.get("link") else [])
+            below = _values(device.get("interfaces")) or ([device["link"]] if device.get("link") else [])
             shown = Link(str(name), "named" if by_name else kind, _text(mac), tuple(str(one) for one in below), where)
             found.links.append(shown)
             _addresses_2(device, str(name), where, found)
 
 
 def _addresses_2(device: Mapping[str, Any], name: str, where: str, found: Found) -> None:
-    addresses = [str(address) for address in device.get("addresses") or [] if isinstance(address, str)]
+    addresses = [str(address) for address in _values(device.get("addresses")) if isinstance(address, str)]
     routes = _list(device.get("routes"))
     servers = device.get("nameservers")
     if isinstance(servers, dict):
-        found.dns += [(str(server), where) for server in servers.get("addresses") or []]
+        found.dns += [(str(server), where) for server in _values(servers.get("addresses"))]
     found.uses += [Use(name, version, where) for version in ("dhcp4", "dhcp6") if device.get(version)]
     for address in addresses:
         is_v6 = ":" in address

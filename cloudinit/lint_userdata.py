@@ -17,6 +17,7 @@ import yaml
 from imagekit.cloudinit.cloudconfig import FLATCAR_KEYS, KEYS, NULLABLE, WINDOWS_KEYS, type_name
 from imagekit.cloudinit.lint_rules import CLOUD_INIT, Problem
 from imagekit.cloudinit.model import GuestProfile
+from imagekit.cloudinit.specfile import load_yaml
 from imagekit.cloudinit.userdata import MAX_USER_DATA, Kind, kind_of
 
 MAX_UNPACKED = 16 << 20
@@ -95,7 +96,7 @@ def _mistaken(data: bytes) -> str:
     if first.startswith("#") and difflib.get_close_matches(letters, ["cloudconfig"], cutoff=0.8):
         return "its first line is nearly #cloud-config"
     try:
-        values = yaml.safe_load(data[:MAX_USER_DATA])
+        values = load_yaml(data[:MAX_USER_DATA].decode("utf-8", "replace"))
     except (yaml.YAMLError, RecursionError, ValueError):
         values = None
     if isinstance(values, dict) and set(values) & KEYS.keys():
@@ -128,8 +129,8 @@ def _archive(path: str, data: bytes, guest: GuestProfile, depth: int) -> Iterato
 def _cloud_config(path: str, data: bytes, guest: GuestProfile) -> Iterator[Problem]:
     try:
         text = data.decode()
+        values = load_yaml(text)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
     except UnicodeDecodeError as error:
         yield Problem("cloud-config-yaml", "it is not UTF-8", f"{path}, line {data.count(10, 0, error.start) + 1}")
         return

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -84,7 +85,7 @@ _CoreLoader.add_implicit_resolver(f"{_TAG}int", re.compile(r"^-?(?:0|[1-9][0-9]*
 
 def parse_yaml(text: str) -> SpecText:
     """The fields of a YAML mapping. Raises InvalidSpec."""
-    if _brackets(text) > MAX_NESTING:  # PyYAML would take the square of their number
+    if nesting(text) > MAX_NESTING:
         raise InvalidSpec("nested too deep")
     try:
         node = yaml.compose(text, Loader=_CoreLoader)
@@ -101,8 +102,18 @@ def parse_yaml(text: str) -> SpecText:
     return SpecText(_fields(None if node is None else builder.value(node, ())), builder.lines)
 
 
-def _brackets(text: str) -> int:
-    """How many brackets are open at once, at most; those inside of quotes count too."""
+def load_yaml(text: str) -> Any:
+    """The values of YAML that a stranger may have written. Raises yaml.YAMLError, ValueError, RecursionError."""
+    if nesting(text) > MAX_NESTING:
+        raise RecursionError("nested too deep")
+    return yaml.safe_load(text)
+
+
+def nesting(text: str) -> int:
+    """How many brackets are open at once, at most; those inside of quotes count too.
+
+    PyYAML takes the square of their number for them.
+    """
     most = depth = 0
     for sign in re.findall(r"[\[\]{}]", text):
         depth = depth + 1 if sign in "[{" else max(0, depth - 1)

@@ -33,6 +33,7 @@ from imagekit.verify import first_difference
 
 if TYPE_CHECKING:
     from imagekit.bundle import Bundle, ConfigDrive
+    from imagekit.cloudinit.model import GuestProfile
     from imagekit.cloudinit.tree import Datasource
     from imagekit.disks import DiskReport
     from imagekit.drive_check import DriveCheck
@@ -395,11 +396,23 @@ def build_config_drive(
     return dataclasses.replace(drive, encrypted_password=encrypted)
 
 
-def check_config_drive(path: PathLike) -> DriveCheck:
-    """Read any medium of guest metadata: what is on it, who reads it, what is wrong. Holds no secret."""
-    from imagekit.drive_check import check_drive
+def check_config_drive(
+    path: PathLike,
+    *,
+    guest: GuestProfile | None = None,
+    machine_of: PathLike | None = None,
+    strict: bool = False,
+) -> DriveCheck:
+    """Read any medium of guest metadata: what is on it, who reads it, what is wrong. Holds no secret.
 
-    return check_drive(path)
+    It is judged for a ``guest``, by default Linux, and for the machine of the bundle or machine.json ``machine_of``.
+    With ``strict`` what the guest would only stumble over is wrong, too.
+    """
+    from imagekit.drive_check import check_drive
+    from imagekit.machine import Machine
+
+    machine = None if machine_of is None else Machine.load(machine_of)
+    return check_drive(path, guest=guest, machine=machine, strict=strict)
 
 
 _CONVERSION = (

@@ -106,3 +106,46 @@ def test_what_cannot_be_checked_has_its_exit_code(
     assert run(["configdrive", *arguments]) == code
     assert said.lower() in capsys.readouterr().err.lower()
     assert [path.name for path in tmp_path.iterdir()] == ["zeros.img"]
+
+
+def test_what_was_read_is_linted_for_the_guest_that_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An empty network file leaves a guest without a network; a constant instance id is only unwise."""
+    tree = {"meta-data": b"instance-id: iid-local01\n", "user-data": b"#cloud-config\npackages: nginx: 1\n"}
+    path = write(tmp_path, tree, "cidata")
+    assert run(["configdrive", "--check", str(path)]) == 11
+    said = capsys.readouterr().out
+    assert "error: user-data, line 2" in said and "[cloud-config-yaml;" in said
+    assert "warning: " in said and "[instance-id-constant;" in said
+    drive = {"openstack/latest/meta_data.json": b'{"uuid": "x", "public_keys": {"a": "b"}}'}
+    path = write(tmp_path, {**drive, "openstack/latest/network_data.json": b"{}"}, "config-2", "empty.iso")
+    assert run(["configdrive", "--check", str(path), "--output", "json"]) == 11
+    (volume,) = json.loads(capsys.readouterr().out)["volumes"]
+    assert "error" in {finding["severity"] for finding in volume["lint"] if "network" in finding["rule"]}
+
+
+def test_a_drive_is_held_against_the_machine_it_is_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The wrong MAC address, which stops cloud-init in the guest, is found on the finished medium before it boots."""
+    image = tmp_path / "small.raw"
+    image.write_bytes(b"boot" * 1024)
+    spec = {key: value for key, value in FULL.items() if key != "password"}
+    imagekit.prepare(image, tmp_path / "web1", spec=spec, machine={"generation": 1})
+    own = tmp_path / "web1" / "web1-config.iso"
+    assert run(["configdrive", "--check", str(own), "--machine", str(tmp_path / "web1")]) == 0
+    text = json.dumps(spec).replace("02:15:5d:00:00:01", "02:15:5d:00:00:02")
+    imagekit.build_config_drive(json.loads(text), tmp_path / "other.iso")
+    capsys.readouterr()
+    assert run(["configdrive", "--check", str(tmp_path / "other.iso"), "--machine", str(tmp_path / "web1")]) == 11
+    assert "02:15:5d:00:00:02" in capsys.readouterr().out
+
+
+def test_with_strict_a_warning_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path, {"meta-data": b"instance-id: iid-local01\n", "user-data": b"#!/bin/sh\n"}, "cidata")
+    assert run(["configdrive", "--check", str(path)]) == 0
+    assert run(["configdrive", "--check", str(path), "--strict"]) == 11
+
+
+def test_a_file_too_long_to_be_judged_is_said(tmp_path: Path) -> None:
+    path = write(tmp_path, {"meta-data": b"", "user-data": b"#!" + bytes(2 << 20)}, "cidata")
+    assert any("too many to be judged" in problem for problem in check_drive(path).problems)

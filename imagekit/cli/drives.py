@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import typer
 import yaml
@@ -17,12 +17,14 @@ from imagekit.errors import InvalidImage
 if TYPE_CHECKING:
     from imagekit.cloudinit.agents import Seen
     from imagekit.cloudinit.manifest import Entry
+    from imagekit.cloudinit.model import GuestProfile
     from imagekit.drive_check import DriveCheck, VolumeCheck
 
 
-def show_check(ui: Ui, medium: Path) -> None:
+def show_check(ui: Ui, medium: Path, *, guest: str | None, machine: Path | None, strict: bool) -> None:
     """Check a medium and print the result; exit 11 when guests cannot use it."""
-    checked = api.check_config_drive(medium)
+    profile = cast("GuestProfile | None", guest)
+    checked = api.check_config_drive(medium, guest=profile, machine_of=machine, strict=strict)
     ui.result(checked.to_json(), lambda: "\n".join(_lines(checked)))
     if not checked.sound:
         raise typer.Exit(InvalidImage.exit_code)
@@ -38,6 +40,7 @@ def _lines(checked: DriveCheck) -> Iterator[str]:
         yield ""
         yield from _volume(one)
     yield ""
+    yield from (f"warning: {warning}" for warning in checked.warnings)
     yield from (f"error: {problem}" for problem in checked.problems)
     yield f"{drive.path}: {'guests can use it' if checked.sound else 'guests cannot use it as it is'}"
 

@@ -205,7 +205,7 @@ def configdrive(
     if check is not None:
         if out is not None:
             raise UsageError(f"--check reads {check}, and {out} would be written", hint="leave out one of them")
-        show_check(ui, check)
+        show_check(ui, check, guest=guest["guest"], machine=machine, strict=metadata["strict"])
         return
     if out is None:
         raise UsageError("no name for the medium", hint="name the file to write, or a medium to --check")
