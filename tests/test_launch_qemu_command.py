@@ -81,6 +81,21 @@ def test_the_disk_is_on_ide_0_0_and_the_config_drive_on_ide_1_0() -> None:
     assert "ide-cd,drive=medium1,bus=ide.1,unit=0" in values(command, "-device")
 
 
+def test_a_config_drive_that_is_a_disk_is_one_and_not_booted_from() -> None:
+    disk = {"path": "c.vhdx", "format": "vhdx", "kind": "disk", "size": 1}
+    for of, device in (
+        (machine(), "ide-hd,drive=medium1,bus=ide.1,unit=0"),
+        (generation_2(), "scsi-hd,drive=medium1,"),
+    ):
+        first, dvd = (medium.model_dump() for medium in of.media)
+        command = arguments(Machine.parse({**of.model_dump(by_alias=True), "media": [first, {**dvd, **disk}]}))
+        (found,) = (value for value in values(command, "-device") if value.startswith(device))
+        assert "bootindex" not in found
+        assert [node["driver"] for node in blockdevs(command) if node["node-name"].startswith("medium")] == [
+            "qcow2"
+        ] * 2
+
+
 def test_only_the_overlay_is_written_to() -> None:
     disk, dvd = blockdevs(arguments(machine()))
     assert (disk["driver"], disk["read-only"]) == ("qcow2", False)
