@@ -2,8 +2,11 @@
 
 Follows cloud-init's documentation ("Networking config Version 1", "Version 2"), without the forms that some of its
 versions in use stumble over: no ``network:`` around it (refused by old ones), routes to everywhere as ``0.0.0.0/0``
-and ``::/0`` (``default`` ends cloud-init 22.4, Debian 12's), DHCP for IPv4 in version 1 as ``dhcp`` (cloudbase-init
-knows no ``dhcp4``). Adapters are found by their MAC address and by nothing else.
+(``default`` ends cloud-init 22.4, Debian 12's) and ``gateway6``, DHCP for IPv4 in version 1 as ``dhcp``
+(cloudbase-init knows no ``dhcp4``). Adapters are found by their MAC address and by nothing else.
+
+Version 1 is the default: every cloud-init translates it into what its guest speaks, where version 2 goes to netplan
+as it is and loses more on the way to anything else.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from imagekit.cloudinit.netmodel import Link, Network, Subnet
 
 Version = Literal[1, 2]
 
-_EVERYWHERE = {4: "0.0.0.0/0", 6: "::/0"}
 _BOND_V2 = {
     "miimon": "mii-monitor-interval",
     "xmit_hash_policy": "transmit-hash-policy",
@@ -26,7 +28,7 @@ _BOND_V2 = {
 _DHCP_V1 = {"ipv4_dhcp": "dhcp", "ipv6_dhcp": "dhcp6"}
 
 
-def network_config(network: Network, *, version: Version = 2) -> dict[str, Any]:
+def network_config(network: Network, *, version: Version = 1) -> dict[str, Any]:
     """The content of network-config; a pure function of ``network``."""
     return _version_1(network) if version == 1 else _version_2(network)
 
@@ -68,10 +70,8 @@ def _options(link: Link, network: Network) -> dict[str, Any]:
 def _subnet_1(subnet: Subnet, network: Network) -> dict[str, Any]:
     if subnet.address is None:
         return {"type": _DHCP_V1.get(subnet.type, subnet.type)}
-    rendered: dict[str, Any] = {
-        "type": "static" if subnet.version == 4 else "static6",
-        "address": str(subnet.address),
-    }
+    # Not static6, which cloud-init 22.4 hands to NetworkManager as "automatic as well".
+    rendered: dict[str, Any] = {"type": "static", "address": str(subnet.address)}
     if subnet.gateway is not None:
         rendered["gateway"] = str(subnet.gateway)
     if subnet.routes:
@@ -132,8 +132,10 @@ def _addresses_2(subnets: list[Subnet], network: Network) -> dict[str, Any]:
         rendered["addresses"] = [str(subnet.address) for subnet in static]
     routes = []
     for subnet in static:
-        if subnet.gateway is not None:
-            routes.append({"to": _EVERYWHERE[subnet.version], "via": str(subnet.gateway)})
+        if subnet.gateway is not None and subnet.version == 4:
+            routes.append({"to": "0.0.0.0/0", "via": str(subnet.gateway)})
+        elif subnet.gateway is not None:
+            rendered["gateway6"] = str(subnet.gateway)  # cloud-init 22.4 makes ::/64 of a route to ::/0
         routes += [{"to": str(route.network), "via": str(route.gateway)} for route in subnet.routes]
     if routes:
         rendered["routes"] = routes

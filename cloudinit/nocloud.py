@@ -21,7 +21,7 @@ NOTHING = b"#cloud-config\n{}\n"
 """User data that asks for nothing, in a form that no reader complains about."""
 
 
-def nocloud_tree(spec: Spec, *, version: Version = 2) -> dict[str, bytes]:
+def nocloud_tree(spec: Spec, *, version: Version = 1) -> dict[str, bytes]:
     """Path to content of every file; ``version`` is that of network-config."""
     meta_data: dict[str, Any] = {"instance-id": require_uuid(spec), "local-hostname": spec.guest_hostname}
     if spec.ssh_keys:

@@ -20,7 +20,7 @@ class Rendering:
 
     datasource: Datasource = "configdrive"
     nova_compatible: bool = False
-    network_config: Version = 2
+    network_config: Version = 1
 
     def __post_init__(self) -> None:
         if self.datasource not in DATASOURCES:

@@ -42,7 +42,9 @@ def test_nocloud_has_both_files_it_needs_and_no_empty_ones() -> None:
 
 
 def test_nocloud_says_what_the_spec_says() -> None:
-    tree = render({**FULL, "password": None, "vendor_data": {"cloud-init": "#cloud-config\n{}\n"}}, "nocloud").files
+    tree = render(
+        {**FULL, "password": None, "vendor_data": {"cloud-init": "#cloud-config\n{}\n"}}, "nocloud", network_config=2
+    ).files
     assert sorted(tree) == ["meta-data", "network-config", "user-data", "vendor-data"]
     assert yaml.safe_load(tree["meta-data"])["public-keys"] == [KEY]
     assert tree["vendor-data"] == b"#cloud-config\n{}\n"
@@ -50,7 +52,7 @@ def test_nocloud_says_what_the_spec_says() -> None:
     nic = config["ethernets"]["eth0"]
     assert (config["version"], nic["match"], nic["set-name"]) == (2, {"macaddress": MAC}, "eth0")
     assert {"to": "0.0.0.0/0", "via": "192.0.2.1"} in nic["routes"]
-    assert {"to": "::/0", "via": "fe80::1"} in nic["routes"]
+    assert nic["gateway6"] == "fe80::1"
 
 
 def test_version_1_of_network_config_says_dhcp_as_every_reader_knows_it() -> None:
@@ -187,7 +189,7 @@ def test_a_bond_with_a_vlan_on_it_names_what_it_stands_on() -> None:
     links = {one["id"]: one for one in json.loads(tree["openstack/latest/network_data.json"])["links"]}
     assert links["bond0"]["bond_links"] == ["eth0", "eth1"]
     assert (links["v7"]["vlan_link"], links["v7"]["vlan_mac_address"]) == ("bond0", MAC)
-    config = yaml.safe_load(Rendering("nocloud").render(spec).files["network-config"])
+    config = yaml.safe_load(Rendering("nocloud", network_config=2).render(spec).files["network-config"])
     assert config["bonds"]["bond0"]["parameters"] == {"mode": "active-backup", "mii-monitor-interval": 100}
     assert config["vlans"]["bond0.7"]["link"] == "bond0"
 

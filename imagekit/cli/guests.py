@@ -153,7 +153,7 @@ def metadata_fields(
     ] = False,
     network_config: Annotated[
         int, typer.Option("--network-config", metavar="1|2", help="Version of NoCloud's network-config.")
-    ] = 2,
+    ] = 1,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse also what lint only warns of.")] = False,
 ) -> dict[str, Any]:
     """How the metadata is written."""

@@ -46,6 +46,23 @@ print(json.dumps({
 }))
 """
 
+_RENDER = """
+import argparse, json, os, sys
+packages, jobs, macs = sys.argv[1:]
+sys.path.insert(0, packages)
+from cloudinit.cmd.devel import net_convert
+for job in json.loads(jobs):
+    if child := os.fork():  # the converter changes tables of its own, so that it runs only once
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"{job} failed")
+        continue
+    with open(job["source"]) as source:
+        net_convert.handle_args("net-convert", argparse.Namespace(
+            network_data=source, kind=job["kind"], directory=job["out"], distro=job["distro"],
+            mac=json.loads(macs), output_kind=job["write"], debug=False))
+    os._exit(0)
+"""
+
 _CONVERT = """
 import sys
 packages = sys.argv.pop(1)
@@ -90,6 +107,16 @@ def read_config_drive(folder: Path, *, nics: dict[str, str]) -> dict[str, Any]:
     """
     answer: dict[str, Any] = json.loads(_python(_READ, str(_packages()), str(folder), json.dumps(nics)))
     return answer
+
+
+def render_networks(jobs: list[dict[str, str]], *, nics: dict[str, str]) -> None:
+    """Let cloud-init's own converter write a guest's network for every job, in one process.
+
+    A job has the file ``source``, its ``kind`` (``network_data.json`` or ``yaml``), what to ``write`` (netplan, eni,
+    sysconfig, network-manager), the ``distro`` that writes it, and the folder ``out``.
+    """
+    macs = [f"{name},{mac}" for mac, name in nics.items()]
+    _python(_RENDER, str(_packages()), json.dumps(jobs), json.dumps(macs))
 
 
 def netplan(network_data: Path, *, out: Path, nics: dict[str, str]) -> str:
