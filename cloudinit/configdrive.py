@@ -117,6 +117,7 @@ def _meta_data(spec: Spec) -> dict[str, Any]:
 def device_fields(device: Device, *, vlan: bool = True, vf_trusted: bool = True) -> dict[str, Any]:
     """An entry of ``devices``, as the version of the metadata has it."""
     fields: dict[str, Any] = {"type": device.type, "bus": device.bus, "address": device.address}
+    fields["tags"] = list(device.tags)
     if device.type == "nic":
         fields["mac"] = device.mac
         if vlan and device.vlan is not None:
@@ -127,8 +128,6 @@ def device_fields(device: Device, *, vlan: bool = True, vf_trusted: bool = True)
         fields["serial"] = device.serial
     if device.path is not None:
         fields["path"] = device.path
-    if device.tags:
-        fields["tags"] = list(device.tags)
     return fields
 
 
