@@ -35,7 +35,9 @@ class _Collected:
     def rendered(self) -> Rendered:
         devices = {}
         for name, fields in self.fields.items():
-            values = {key: frozenset(value) if isinstance(value, set) else value for key, value in fields.items()}
+            values: dict[str, Any] = {
+                key: frozenset(value) if isinstance(value, set) else value for key, value in fields.items()
+            }
             members = values.pop("members", frozenset())
             mode = values.pop("mode", None)
             if mode is not None:
