@@ -214,6 +214,8 @@ class ImageInfo:
     features: dict[str, JSON] = field(default_factory=dict)
     references: tuple[Reference, ...] = ()
     facts: tuple[Fact, ...] = ()
+    table_memory: int = 0
+    """Bytes of tables that are held in memory, all at once, while the disk is read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -252,6 +252,10 @@ class LocalFile:
             raise SourceError("is held by another program", path=name, hint="stop that program first")
         return cls(fd, name)
 
+    def again(self) -> LocalFile:
+        """The same open file, to be closed on its own."""
+        return LocalFile(os.dup(self._fd), self.name)
+
     @property
     def size(self) -> int:
         info = os.fstat(self._fd)
@@ -395,6 +399,27 @@ class MemoryFile:
 
     def close(self) -> None:
         pass
+
+
+def nameless(folder: Path, name: str) -> LocalFile:
+    """A new file that only its descriptor leads to, readable by nobody else."""
+    import tempfile
+
+    try:
+        with tempfile.TemporaryFile(dir=folder, prefix=".imagekit-", buffering=0) as made:
+            return LocalFile(os.dup(made.fileno()), name)
+    except OSError as error:
+        raise TargetError(
+            f"no temporary file can be made: {error.strerror}", path=folder, hint="choose another folder"
+        ) from error
+
+
+def free_space(file: LocalFile) -> int | None:
+    """Bytes that are free on the file's medium; None where only a path could tell."""
+    if sys.platform == "win32":
+        return None
+    info = os.fstatvfs(file.fileno() or 0)
+    return info.f_bavail * info.f_frsize
 
 
 def same_file(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:

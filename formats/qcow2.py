@@ -197,6 +197,7 @@ class Qcow2Image(DiskImage):
             features=features,
             references=self.references,
             facts=tuple(facts),
+            table_memory=self._disk.l1_size * 16,  # as read and as decoded
         )
 
     # --- tables ----------------------------------------------------------------------------------------------

@@ -242,6 +242,8 @@ class VhdImage(DiskImage):
             features=features,
             references=() if reference is None else (reference,),
             facts=(*self.footers.facts, *(self.parent.facts if self.parent else ())),
+            # The BAT as read, decoded, and its ends while they are checked.
+            table_memory=0 if header is None else -(-self.virtual_size // header.block_size) * 28,
         )
 
     def _reference(self) -> Reference | None:

@@ -28,11 +28,13 @@ if TYPE_CHECKING:
         resize,
     )
     from imagekit.errors import ImagekitError
+    from imagekit.limits import Limits
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ImagekitError",
+    "Limits",
     "boot",
     "build_config_drive",
     "check",
@@ -50,7 +52,10 @@ __all__ = [
     "resize",
 ]
 
-_HOMES = dict.fromkeys(__all__, "imagekit.api") | {"ImagekitError": "imagekit.errors"}
+_HOMES = dict.fromkeys(__all__, "imagekit.api") | {
+    "ImagekitError": "imagekit.errors",
+    "Limits": "imagekit.limits",
+}
 
 
 def __getattr__(name: str) -> object:

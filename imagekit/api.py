@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
-READING_OPTIONS = ("allow", "follow_references", "parent_map", "ignore_parent_id", "snapshot", "size_from")
+READING_OPTIONS = ("allow", "follow_references", "parent_map", "ignore_parent_id", "snapshot", "size_from", "limits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,9 @@ class Inspection:
     chain: tuple[tuple[str, ImageInfo], ...] = ()
     """With ``follow_references``: file name and headers of all that lies below, the nearest first."""
 
+    confinement: tuple[str, ...] = ()
+    """With ``confined``: what held the process that read the image."""
+
     def to_json(self) -> dict[str, JSON]:
         info = self.info
         out: dict[str, JSON] = {
@@ -71,6 +74,7 @@ class Inspection:
             "block-size": info.block_size,
             "features": dict(info.features),
             "findings": [finding.to_json() for finding in self.findings],
+            "confinement": list(self.confinement),
         }
         for reference in info.references:
             key = "backing-filename" if reference.kind != "data-file" else "data-filename"
@@ -83,13 +87,29 @@ class Inspection:
         return out
 
 
-def info(image: PathLike, *, format: str | None = None, **options: Any) -> Inspection:
+def info(
+    image: PathLike,
+    *,
+    format: str | None = None,
+    confined: bool = False,
+    cancel: threading.Event | None = None,
+    **options: Any,
+) -> Inspection:
     """Headers, features and findings of an image; works on images that :func:`convert` refuses.
 
-    ``options`` as in :func:`open_image`; with ``follow_references`` the whole chain is opened and judged.
+    ``options`` as in :func:`open_image`; with ``follow_references`` the whole chain is opened and judged. With
+    ``confined`` a process that can do nothing else reads the image (imagekit.confined).
     """
-    asked = replace(_reading(format, options), allow=None)
-    with open_source(image, asked) as source:
+    asked = _reading_options(format, options)
+    if confined:
+        from imagekit import confined as confinement
+
+        if confinement.POSSIBLE:
+            seen = confinement.inspect(image, asked, control=Control(cancel=cancel))
+            return Inspection(
+                seen.name, seen.info, seen.file_size, seen.actual_size, seen.findings, seen.chain, seen.confinement
+            )
+    with open_source(image, replace(reading(asked), allow=None)) as source:
         return Inspection(
             filename=source.original.name,
             info=source.image.info(),
@@ -104,16 +124,20 @@ def open_image(image: PathLike, *, format: str | None = None, **options: Any) ->
     """The guest's disk in an image file, judged by the safety policy; closing it closes the file.
 
     ``options`` are those fields of :class:`~imagekit.plan.ConvertOptions` that say how to read: ``allow``,
-    ``follow_references``, ``parent_map``, ``ignore_parent_id``, ``snapshot``, ``size_from``.
+    ``follow_references``, ``parent_map``, ``ignore_parent_id``, ``snapshot``, ``size_from``, ``limits``.
     """
     return open_source(image, _reading(format, options)).image
 
 
 def _reading(format: str | None, options: Mapping[str, Any]) -> Reading:
     """How to open a source, from the keywords of a function that only reads."""
+    return reading(_reading_options(format, options))
+
+
+def _reading_options(format: str | None, options: Mapping[str, Any]) -> ConvertOptions:
     if wrong := sorted(set(options) - set(READING_OPTIONS)):
         raise UsageError(f"unknown options: {', '.join(wrong)}", hint=f"options: {', '.join(READING_OPTIONS)}")
-    return reading(_options({"source_format": format, **options}))
+    return _options({"source_format": format, **options})
 
 
 def convert(

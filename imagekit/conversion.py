@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 from imagekit import copying
 from imagekit.errors import UnsupportedFeature, UsageError
@@ -20,13 +21,15 @@ from imagekit.formats.base import SECTOR, DiskFormat, DiskImage, File, OpenOptio
 from imagekit.formats.files import LocalFile
 from imagekit.plan import ConversionPlan, ConvertOptions, build_plan, target_size
 from imagekit.progress import SILENT, Control
-from imagekit.publish import Pending, check_space, check_target, new_file
+from imagekit.publish import Pending, check_space, check_target, finish, new_file
 from imagekit.references import MAX_DEPTH, Following, link_to
 from imagekit.report import Report
-from imagekit.sources import Reading, Source, chain_too_long, located, open_source
+from imagekit.sources import OPENER, Opener, Reading, Source, chain_too_long, located, open_source
 from imagekit.verify import verify_content, verify_structure
 
 DEFAULTS = ConvertOptions()
+NOT_CONFINED = "not confined: that needs Linux; the image was read in this process"
+AnySource: TypeAlias = "str | os.PathLike[str] | Source | LocalFile"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,12 @@ class PlannedConversion:
     parent: Source | None = None
     """What a differencing target builds on."""
 
+    def check_unchanged(self) -> None:
+        """SourceError when a file that is read changed meanwhile."""
+        self.source.check_unchanged()
+        if self.parent is not None:
+            self.parent.check_unchanged()
+
     def open_target(self, file: File) -> DiskImage:
         """The target as a guest would see it."""
         chosen = registry.find(self.plan.target_format)
@@ -49,7 +58,7 @@ class PlannedConversion:
 
 
 def convert_image(
-    source: str | os.PathLike[str] | Source,
+    source: AnySource,
     target: str | os.PathLike[str],
     options: ConvertOptions = DEFAULTS,
     *,
@@ -57,45 +66,65 @@ def convert_image(
 ) -> Report:
     """Convert ``source`` to ``target`` and report. With ``options.dry_run`` nothing is written.
 
-    A source that is open already stays open, and was opened as :func:`reading` says. Raises the error of whichever
-    step failed; then no target exists, and an old one is untouched.
+    A source that is open already stays open; a :class:`Source` was opened as :func:`reading` says. With
+    ``options.confined`` nothing of the image is parsed in this process (imagekit.confined). Raises the error of
+    whichever step failed; then no target exists, and an old one is untouched.
     """
     started = time.monotonic()
+    control = control.within(options.limits.seconds)
     chosen = target_format(target, options)
-    name = source.original.name if isinstance(source, Source) else os.fspath(source)
+    file = source.original if isinstance(source, Source) else source
+    name = file.name if isinstance(file, LocalFile) else os.fspath(file)
     target_path = check_target(target, overwrite=options.overwrite, source=name)
+    if options.confined:
+        from imagekit import confined
+
+        if confined.POSSIBLE:
+            return confined.convert(file, target_path, chosen.name, options, control=control)
     with planned(source, chosen, options, target=target_path, control=control) as conversion:
         if options.dry_run:
             copied = copying.CopyResult(conversion.plan.data_bytes, 0, conversion.plan.file_size)
-            return _report(conversion, target_path, copied, started, verified="not written")
-        copied = _write(conversion, target_path, options, control)
-        return _report(conversion, target_path, copied, started, verified=options.verify)
+            report = make_report(conversion, target_path, copied, verified="not written")
+        else:
+            copied = _write(conversion, target_path, options, control)
+            report = make_report(conversion, target_path, copied, verified=options.verify)
+    notes = report.notes
+    if options.confined:
+        notes = (*notes, NOT_CONFINED)
+    return replace(report, seconds=time.monotonic() - started, notes=notes)
 
 
 @contextmanager
 def planned(
-    source: str | os.PathLike[str] | Source,
+    source: AnySource,
     chosen: DiskFormat,
     options: ConvertOptions,
     *,
     target: Path | None = None,
+    parent_file: LocalFile | None = None,
+    opener: Opener = OPENER,
     control: Control = SILENT,
 ) -> Iterator[PlannedConversion]:
     """Open and judge the source, and plan its conversion to the chosen format.
 
     ``target`` is the path that will be written, which a differencing disk's link to its parent is relative to.
+    ``parent_file`` is ``options.parent``, where somebody else opened that.
     """
+    control = control.within(options.limits.seconds)
     with ExitStack() as stack:
         if isinstance(source, Source):
             opened = source
         else:
-            asked = reading(options, scratch=None if target is None else target.parent)
-            opened = stack.enter_context(open_source(source, asked, control=control))
-        parent = stack.enter_context(open_parent(options, chosen)) if options.parent is not None else None
+            asked = replace(reading(options, scratch=None if target is None else target.parent), opener=opener)
+            file = source.again() if isinstance(source, LocalFile) else source
+            opened = stack.enter_context(open_source(file, asked, control=control))
+        parent = None
+        if options.parent is not None:
+            parent = stack.enter_context(open_parent(options, chosen, parent_file, opener))
         link = None
         if parent is not None:
             child = target or Path("child")
-            link = link_to(parent.image, Path(parent.file.name), child, options.parent_map)
+            link = link_to(parent.image, Path(options.parent or ""), child, options.parent_map)
         with located(opened.file):
             size, notes = _disk_size(opened.image, options)
             image, more = _with_gpt(opened.image, size, fix=options.fix_gpt)
@@ -107,8 +136,10 @@ def planned(
                 virtual_size=size,
                 notes=notes + more,
                 parent=None if parent is None else parent.image,
+                limits=options.limits,
                 control=control,
             )
+        options.limits.check("output_bytes", bytes_to_write(plan, options), "the target would take")
         yield PlannedConversion(opened, image, plan, parent)
 
 
@@ -116,16 +147,19 @@ def reading(options: ConvertOptions, *, scratch: Path | None = None) -> Reading:
     """How the source is to be opened; ``scratch`` is a folder for what has to be unpacked."""
     following = Following(options.parent_map, options.ignore_parent_id) if options.follow_references else None
     view = OpenOptions(snapshot=options.snapshot, size_from=options.size_from)
-    return Reading(options.source_format, options.allow, following, view, scratch)
+    return Reading(options.source_format, options.allow, following, view, scratch, options.limits)
 
 
-def open_parent(options: ConvertOptions, chosen: DiskFormat) -> Source:
+def open_parent(
+    options: ConvertOptions, chosen: DiskFormat, file: LocalFile | None = None, opener: Opener = OPENER
+) -> Source:
     """The parent of a differencing target, with the chain below it: the caller named it."""
     assert options.parent is not None
     if "differencing" not in chosen.subformats:
         raise UsageError(f"a {chosen.name} has no parent", hint="differencing disks are VHD or VHDX")
     following = Following(options.parent_map, options.ignore_parent_id)
-    parent = open_source(options.parent, Reading(allow=options.allow, following=following))
+    asked = Reading(allow=options.allow, following=following, limits=options.limits, opener=opener)
+    parent = open_source(file or options.parent, asked)
     try:
         check_kinds(parent, chosen)
         if parent.depth == MAX_DEPTH:
@@ -223,61 +257,64 @@ def _not_written(name: str) -> UnsupportedFeature:
     return UnsupportedFeature(f"imagekit does not write {name}", hint=f"formats written: {writable}{other}")
 
 
+def bytes_to_write(plan: ConversionPlan, options: ConvertOptions) -> int:
+    """What the target will really take on its medium, at most."""
+    return plan.file_size if options.preallocate else plan.data_bytes
+
+
 def _write(
     conversion: PlannedConversion, target: Path, options: ConvertOptions, control: Control
 ) -> copying.CopyResult:
-    source, plan = conversion.source, conversion.plan
-    check_space(target.parent, plan.file_size if options.preallocate else plan.data_bytes)
+    plan = conversion.plan
+    check_space(target.parent, bytes_to_write(plan, options))
     with new_file(target) as pending:
         if options.preallocate:
             pending.file.preallocate(plan.file_size)
-        with located(source.file):
-            copied = copying.copy_image(
-                plan, conversion.image, source.file, pending.file, jobs=options.jobs, control=control
-            )
-        source.check_unchanged()
-        _verify(conversion, pending, copied.file_size, options, control)
-        source.check_unchanged()
-        if conversion.parent is not None:
-            conversion.parent.check_unchanged()
-        control.tell("sync", 0, plan.file_size)
-        if options.sync:
-            pending.file.flush()
-        control.check()  # the last look: what has its name stays
-        pending.commit(overwrite=options.overwrite, sync=options.sync)
+        copied = carry_out(conversion, pending.file, options, control)
+        if options.verify == "qemu-img":
+            _verify_by_qemu_img(conversion, pending, options)
+        conversion.check_unchanged()
+        finish(pending, overwrite=options.overwrite, sync=options.sync, control=control)
     return copied
 
 
-def _verify(
-    conversion: PlannedConversion, pending: Pending, file_size: int, options: ConvertOptions, control: Control
-) -> None:
-    if options.verify == "none":
-        return
+def carry_out(
+    conversion: PlannedConversion, target: LocalFile, options: ConvertOptions, control: Control
+) -> copying.CopyResult:
+    """Copy to the empty file ``target``, read it back as far as we do that ourselves, look at the sources again."""
     source, plan = conversion.source, conversion.plan
-    verify_structure(plan, pending.file, file_size=file_size)
+    with located(source.file):
+        copied = copying.copy_image(plan, conversion.image, source.file, target, jobs=options.jobs, control=control)
+    conversion.check_unchanged()
+    if options.verify != "none":
+        verify_structure(plan, target, file_size=copied.file_size)
     if options.verify == "content":
-        written = conversion.open_target(pending.file)
+        written = conversion.open_target(target)
         verify_content(conversion.image, written, jobs=options.jobs, control=control)
-    elif options.verify == "qemu-img":
-        if source.chain or conversion.parent or conversion.image is not source.image or options.snapshot:
-            raise UnsupportedFeature(
-                "qemu-img does not see this disk as it was asked for (a chain, a snapshot, a mended GPT)",
-                hint="--verify content",
-            )
-        from imagekit import qemu_img
+        conversion.check_unchanged()
+    return copied
 
-        path = pending.part or _by_descriptor(pending.file)
-        origin = source.file.name if not source.wrappers else _by_descriptor(source.file)
-        qemu_img.compare(origin, plan.source_format, path, plan.target_format)
+
+def _verify_by_qemu_img(conversion: PlannedConversion, pending: Pending, options: ConvertOptions) -> None:
+    source, plan = conversion.source, conversion.plan
+    if source.chain or conversion.parent or conversion.image is not source.image or options.snapshot:
+        raise UnsupportedFeature(
+            "qemu-img does not see this disk as it was asked for (a chain, a snapshot, a mended GPT)",
+            hint="--verify content",
+        )
+    from imagekit import qemu_img
+
+    path = pending.part or _by_descriptor(pending.file)
+    origin = source.file.name if not source.wrappers else _by_descriptor(source.file)
+    qemu_img.compare(origin, plan.source_format, path, plan.target_format)
 
 
 def _by_descriptor(file: LocalFile) -> str:
     return f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
-def _report(
-    conversion: PlannedConversion, target: Path, copied: copying.CopyResult, started: float, *, verified: str
-) -> Report:
+def make_report(conversion: PlannedConversion, target: Path, copied: copying.CopyResult, *, verified: str) -> Report:
+    """The report, but for the time it took."""
     source, plan = conversion.source, conversion.plan
     warnings = tuple(finding.message for finding in source.findings)
     return Report(
@@ -293,7 +330,7 @@ def _report(
         identifier=str(plan.writer_options.identifier),
         data_bytes=copied.data_bytes,
         kernel_copied_bytes=copied.kernel_copied_bytes,
-        seconds=time.monotonic() - started,
+        seconds=0.0,
         verified=verified,
         notes=warnings + plan.notes,
     )

@@ -30,6 +30,8 @@ from imagekit.formats.base import (
     WriterOptions,
     round_up,
 )
+from imagekit.limits import DEFAULT as DEFAULT_LIMITS
+from imagekit.limits import Limits
 from imagekit.progress import SILENT, Control
 
 FIRST_PROBE = 4 * KiB
@@ -71,6 +73,8 @@ class ConvertOptions:
     follow_references: bool = False
     parent_map: tuple[tuple[str, str], ...] = ()
     ignore_parent_id: bool = False
+    limits: Limits = DEFAULT_LIMITS
+    confined: bool = False
 
     def __post_init__(self) -> None:
         if self.verify not in VERIFY_LEVELS:
@@ -141,6 +145,7 @@ def build_plan(
     virtual_size: int | None = None,
     notes: tuple[str, ...] = (),
     parent: DiskImage | None = None,
+    limits: Limits = DEFAULT_LIMITS,
     control: Control = SILENT,
 ) -> ConversionPlan:
     """Decide which of the target's blocks hold data. Reads the source (and the target's parent), writes nothing.
@@ -153,9 +158,10 @@ def build_plan(
     check_options(chosen, options)
     writer = chosen.writer(virtual_size, options)
     if parent is None:
-        blocks = tuple(find_blocks(image, writer.block_size, control=control))
+        found = find_blocks(image, writer.block_size, control=control)
     else:
-        blocks = tuple(find_differences(image, parent, writer.block_size, control=control))
+        found = find_differences(image, parent, writer.block_size, control=control)
+    blocks = tuple(limits.counted(found))
     return ConversionPlan(
         source_format=source_format,
         source_virtual_size=image.virtual_size,

@@ -13,6 +13,7 @@ from enum import Enum
 from imagekit.errors import UnsafeImage, UsageError
 from imagekit.formats.base import JSON, ImageInfo
 from imagekit.formats.registry import Claim, find, suffix_format
+from imagekit.limits import Limits, shown
 
 
 class Severity(str, Enum):
@@ -147,6 +148,11 @@ RULES: dict[str, Rule] = {
             "a package must not decide which other file of this machine is read",
             hint="unpack it by hand where its origin is trusted",
         ),
+        Rule("limit-virtual-size", Severity.REFUSE, "a disk larger than was ever meant to be read"),
+        Rule("limit-output-bytes", Severity.REFUSE, "what a small file becomes must not fill this machine"),
+        Rule("limit-metadata-memory", Severity.REFUSE, "what an image says must not fill this machine's memory"),
+        Rule("limit-seconds", Severity.REFUSE, "an image must not keep this machine busy for ever"),
+        Rule("confined-crash", Severity.REFUSE, "what makes a program crash may do worse to the next"),
         Rule("wrapped", Severity.NOTE, "the image was packed; what is inside counts"),
         Rule("ova-signature", Severity.NOTE, "the package is signed; nobody checked by whom"),
         Rule("ova-manifest-incomplete", Severity.WARN, "the disk has no checksum of its own in the package"),
@@ -241,6 +247,17 @@ def judge_info(info: ImageInfo) -> Iterator[Finding]:
         yield finding(reference.kind, f"the image refers to another file:{name}")
     for fact in info.facts:
         yield finding(fact.code, fact.message, fact.offset)
+
+
+def judge_limits(info: ImageInfo, limits: Limits) -> Iterator[Finding]:
+    """Whether an opened image is more than the caller lets in."""
+    for name, value, what in (
+        ("virtual_size", info.virtual_size, "the disk has"),
+        ("metadata_memory", info.table_memory, "its tables take"),
+    ):
+        most: int = getattr(limits, name)
+        if value > most:
+            yield finding(f"limit-{shown(name)}", f"{what} {value} bytes, at most {most} are allowed")
 
 
 def judge_chain(size: int, sizes: Iterable[int]) -> Iterator[Finding]:

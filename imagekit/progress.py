@@ -7,11 +7,13 @@ The library calls a function with :class:`Progress` values from the caller's own
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from imagekit.errors import Cancelled
+from imagekit.limits import over_limit
 
 INTERVAL = 0.1
 """Seconds between two looks at the workers: the bound on how late progress and cancel are."""
@@ -35,6 +37,13 @@ class Control:
 
     callback: Callback | None = None
     cancel: threading.Event | None = None
+    deadline: float | None = None
+    """On the monotonic clock; what is not done by then is refused (rule limit-seconds)."""
+
+    def within(self, seconds: float) -> Control:
+        """The same, with an end in ``seconds`` from now; one that comes sooner stays."""
+        end = time.monotonic() + seconds
+        return self if self.deadline is not None and self.deadline <= end else replace(self, deadline=end)
 
     def tell(self, phase: str, done: int, total: int) -> None:
         """Report, and raise Cancelled when the caller asked to stop."""
@@ -45,6 +54,8 @@ class Control:
     def check(self) -> None:
         if self.cancelled:
             raise Cancelled("stopped on request")
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise over_limit("seconds", "it took longer than is allowed")
 
     @property
     def cancelled(self) -> bool:

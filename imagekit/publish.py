@@ -20,6 +20,7 @@ from pathlib import Path
 
 from imagekit.errors import TargetError, UsageError
 from imagekit.formats.files import LocalFile, lock_exclusively, same_file
+from imagekit.progress import Control
 
 PART = ".part"
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -221,6 +222,15 @@ def new_file(target: Path, *, mode: int = 0o666) -> Iterator[Pending]:
         yield pending
     finally:
         pending.discard()
+
+
+def finish(pending: Pending, *, overwrite: bool, sync: bool, control: Control) -> None:
+    """Make a complete file durable and give it its name, unless the caller asked to stop."""
+    control.tell("sync", 0, pending.file.size)
+    if sync:
+        pending.file.flush()
+    control.check()  # the last look: what has its name stays
+    pending.commit(overwrite=overwrite, sync=sync)
 
 
 def write_file(

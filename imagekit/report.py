@@ -28,6 +28,8 @@ class Report:
     seconds: float
     verified: str
     notes: tuple[str, ...] = ()
+    confinement: tuple[str, ...] = ()
+    """What held the process that read the image; empty when it was the caller's own."""
 
     def to_json(self) -> dict[str, JSON]:
         return {
@@ -51,5 +53,6 @@ class Report:
             "kernel-copied-bytes": self.kernel_copied_bytes,
             "seconds": round(self.seconds, 3),
             "verified": self.verified,
+            "confinement": list(self.confinement),
             "notes": list(self.notes),
         }

@@ -8,6 +8,7 @@ like the first, down to the end of the chain: what is missing or wrong there is 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,9 @@ from imagekit import policy
 from imagekit.errors import CorruptImage, ImagekitError, SourceError, UnsafeImage, UnsupportedFeature
 from imagekit.formats import registry
 from imagekit.formats.base import AS_IS, DiskFormat, DiskImage, File, OpenOptions, Reference, Resolver
-from imagekit.formats.files import FileIdentity, LocalFile
+from imagekit.formats.files import FileIdentity, LocalFile, nameless
+from imagekit.limits import DEFAULT as DEFAULT_LIMITS
+from imagekit.limits import Limits
 from imagekit.progress import SILENT, Control
 from imagekit.references import MAX_DEPTH, Following, check_identity, find
 
@@ -80,6 +83,22 @@ class Source:
         self.close()
 
 
+class Opener:
+    """How the files are opened that an image needs besides its own. A confined process asks for them instead."""
+
+    def scratch(self, folder: Path | None, name: str) -> LocalFile:
+        """A new file that only its descriptor leads to, for what has to be unpacked."""
+        return nameless(folder or Path(tempfile.gettempdir()), name)
+
+    def referred(self, reference: Reference, origin: LocalFile, following: Following) -> Iterator[LocalFile]:
+        """The files that a reference of the image in ``origin`` may mean, the likeliest first; to be closed."""
+        for path in find(reference, Path(origin.name), following):
+            yield LocalFile.open_source(path)
+
+
+OPENER = Opener()
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """How to open a source: what the caller declares, allows and wants to see.
@@ -94,16 +113,21 @@ class Reading:
     scratch: Path | None = None
     """Folder for what has to be unpacked; None: the system's for temporary files."""
 
+    limits: Limits = DEFAULT_LIMITS
+    opener: Opener = OPENER
+
     def enforce(self, findings: list[policy.Finding], file: LocalFile) -> None:
         if self.allow is not None:
             answered = policy.REFERENCES if self.following is not None else frozenset()
             policy.enforce(findings, allow=self.allow | answered, path=file.name)
 
 
-def open_source(path: str | os.PathLike[str], reading: Reading | None = None, *, control: Control = SILENT) -> Source:
-    """Open, unpack if need be, recognise and judge."""
+def open_source(
+    path: str | os.PathLike[str] | LocalFile, reading: Reading | None = None, *, control: Control = SILENT
+) -> Source:
+    """Open, unpack if need be, recognise and judge. A file that is open already belongs to the source from now on."""
     reading = reading or Reading()
-    file = LocalFile.open_source(path)
+    file = path if isinstance(path, LocalFile) else LocalFile.open_source(path)
     try:
         name = reading.declared
         if name is not None and not registry.is_known(name) and _read_by_qemu_img(name):
@@ -143,7 +167,7 @@ def _unpacked(file: LocalFile, reading: Reading, control: Control) -> Source:
     from imagekit import wrappers
 
     identity = file.identity
-    inside = wrappers.unwrap(file, folder=reading.scratch, control=control)
+    inside = wrappers.unwrap(file, make=lambda name: reading.opener.scratch(reading.scratch, name), control=control)
     try:
         source = _judged(inside.file, reading)
     except BaseException:
@@ -188,8 +212,10 @@ def _judged(file: LocalFile, reading: Reading, above: tuple[FileIdentity, ...] =
     _check_view(chosen, reading.view)
     with located(file):
         image = chosen.open(file, options=reading.view)
-        references = image.info().references
-    findings += policy.judge_info(image.info())
+        stated = image.info()
+    references = stated.references
+    findings += policy.judge_info(stated)
+    findings += policy.judge_limits(stated, reading.limits)
     reading.enforce(findings, file)
     chain: tuple[Source, ...] = ()
     if reading.following is not None and references:
@@ -228,7 +254,7 @@ def _follow(
     opened: list[Source] = []
     try:
         for reference in references:
-            opened.append(_open_reference(reference, Path(file.name), reading, above))
+            opened.append(_open_reference(reference, file, reading, above))
     except BaseException:
         for source in opened:
             source.close()
@@ -236,7 +262,9 @@ def _follow(
     return tuple(opened)
 
 
-def _open_reference(reference: Reference, origin: Path, reading: Reading, above: tuple[FileIdentity, ...]) -> Source:
+def _open_reference(
+    reference: Reference, origin: LocalFile, reading: Reading, above: tuple[FileIdentity, ...]
+) -> Source:
     """The first file that the names lead to and that is the one meant."""
     assert reading.following is not None
     allow = reading.allow
@@ -244,8 +272,8 @@ def _open_reference(reference: Reference, origin: Path, reading: Reading, above:
         allow |= {"no-descriptor"}  # an extent is a part, and is opened as one
     below = replace(reading, declared=reference.format, view=AS_IS, allow=allow)
     refused: ImagekitError | None = None
-    for path in find(reference, origin, reading.following):
-        source = _open_below(path, below, above)
+    for file in reading.opener.referred(reference, origin, reading.following):
+        source = _open_below(file, below, above)
         try:
             if (
                 reference.format is None
@@ -253,7 +281,7 @@ def _open_reference(reference: Reference, origin: Path, reading: Reading, above:
                 and "reference-format" not in (reading.allow or ())
             ):
                 policy.enforce([policy.finding("reference-format", f"{reference.name!r} has no known format")])
-            check_identity(reference, source.image, path, ignore=reading.following.ignore_parent_id)
+            check_identity(reference, source.image, Path(file.name), ignore=reading.following.ignore_parent_id)
         except UnsafeImage as error:
             source.close()
             refused = refused or error
@@ -263,8 +291,7 @@ def _open_reference(reference: Reference, origin: Path, reading: Reading, above:
     raise refused
 
 
-def _open_below(path: Path, reading: Reading, above: tuple[FileIdentity, ...]) -> Source:
-    file = LocalFile.open_source(path)
+def _open_below(file: LocalFile, reading: Reading, above: tuple[FileIdentity, ...]) -> Source:
     try:
         return _judged(file, reading, above)
     except BaseException:

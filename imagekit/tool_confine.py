@@ -54,13 +54,13 @@ def _syscall(number: int, *arguments: Any) -> int:
 
 def main(arguments: list[str]) -> int:
     settings, command = json.loads(arguments[0]), arguments[1:]
-    _limit(settings["limits"])
+    limit(settings["limits"])
     if sys.platform != "linux" or _confine(settings):
         os.execve(command[0], command, settings["environment"])
     return CANNOT
 
 
-def _limit(limits: dict[str, int]) -> None:
+def limit(limits: dict[str, int]) -> None:
     if sys.platform == "win32":
         return
     import resource
@@ -85,11 +85,12 @@ def _confine(settings: dict[str, Any]) -> bool:
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         return False
     if settings["sandbox"] and landlock_version():
-        _restrict(settings["reads"], settings["read_fds"], settings["writes"])
+        restrict_files(settings["reads"], settings["read_fds"], settings["writes"])
     return True
 
 
-def _restrict(reads: Iterable[str], read_fds: Iterable[int], writes: Iterable[str]) -> None:
+def restrict_files(reads: Iterable[str] = (), read_fds: Iterable[int] = (), writes: Iterable[str] = ()) -> None:
+    """Leave the process no files to open but these, no TCP, and no way to processes outside."""
     version = landlock_version()
     handled = FIRST_RIGHTS
     for since, right in RIGHTS_BY_VERSION:

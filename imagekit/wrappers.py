@@ -16,9 +16,6 @@ Not here: 7z, rar, cab, iso, folders, the description of an OVA's machine.
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +24,7 @@ from pathlib import Path
 from imagekit.errors import CorruptImage, TargetError, UnknownFormat, UnsafeImage
 from imagekit.formats import registry
 from imagekit.formats.base import Fact, File, KiB, MiB
-from imagekit.formats.files import LocalFile
+from imagekit.formats.files import LocalFile, free_space, nameless
 from imagekit.progress import SILENT, Control
 from imagekit.wrapper_ova import is_ovf_name, open_ova
 from imagekit.wrapper_parts import (
@@ -100,15 +97,19 @@ def unwrap(
     *,
     limits: WrapperLimits = DEFAULT_LIMITS,
     folder: Path | None = None,
+    make: Callable[[str], LocalFile] | None = None,
     control: Control = SILENT,
 ) -> Unwrapped:
     """Unpack the one disk in ``file``, which stays open and the caller's.
 
     ``folder`` takes the unpacked bytes: choose where the target goes, for the default (``TMPDIR``, ``/tmp``) may
-    be memory. Raises CorruptImage for anything damaged, UnsupportedFeature when there is no one disk to read,
-    UnsafeImage by the rules wrapper-limit, wrapper-reference and ambiguous, TargetError when there is no room.
+    be memory. ``make`` makes the file for them instead, given a name for messages.
+
+    Raises CorruptImage for anything damaged, UnsupportedFeature when there is no one disk to read, UnsafeImage by the
+    rules wrapper-limit, wrapper-reference and ambiguous, TargetError when there is no room.
     """
     current, chain, facts = file, list[str](), list[Fact]()
+    made = make or (lambda name: nameless(folder or Path(tempfile.gettempdir()), name))
     try:
         while (kind := detect(current)) is not None:
             if len(chain) == limits.nesting:
@@ -119,7 +120,7 @@ def unwrap(
                 )
             _check_only_a_wrapper(current, kind)
             content = _open(current, kind, limits, control)
-            inner = _unpack(content, file, limits, folder, control)
+            inner = _unpack(content, file, limits, made, control)
             if current is not file:
                 current.close()
             current = inner
@@ -203,15 +204,18 @@ def _stream_name(name: str, kind: str) -> str:
 
 
 def _unpack(
-    content: _Content, outermost: LocalFile, limits: WrapperLimits, folder: Path | None, control: Control
+    content: _Content,
+    outermost: LocalFile,
+    limits: WrapperLimits,
+    make: Callable[[str], LocalFile],
+    control: Control,
 ) -> LocalFile:
     """The content in a temporary file."""
     path = outermost.name
     _check_size(content.size or 0, limits, path)
-    where = folder or Path(tempfile.gettempdir())
-    target = _nameless(where, f"{path}!{content.name}")
+    target = make(f"{path}!{content.name}")
     try:
-        writer = _Writer(target, outermost.size, limits, path, where)
+        writer = _Writer(target, outermost.size, limits, path)
         told = done = 0
         for offset, piece in content.parts:
             control.check()
@@ -238,26 +242,14 @@ def _check_size(size: int, limits: WrapperLimits, path: str) -> None:
         )
 
 
-def _nameless(folder: Path, name: str) -> LocalFile:
-    """A new file that only its descriptor leads to, readable by nobody else."""
-    try:
-        with tempfile.TemporaryFile(dir=folder, prefix=".imagekit-", buffering=0) as made:
-            return LocalFile(os.dup(made.fileno()), name)
-    except OSError as error:
-        raise TargetError(
-            f"no temporary file can be made: {error.strerror}", path=folder, hint="choose another folder"
-        ) from error
-
-
 class _Writer:
     """Writes what is not zero, within the limits."""
 
-    def __init__(self, target: LocalFile, packed: int, limits: WrapperLimits, path: str, folder: Path) -> None:
+    def __init__(self, target: LocalFile, packed: int, limits: WrapperLimits, path: str) -> None:
         self._target = target
         self._packed = packed
         self._limits = limits
         self._path = path
-        self._folder = folder
         self._unpacked = self._written = 0
         self._next_look = 0
 
@@ -289,15 +281,11 @@ class _Writer:
         if self._written < self._next_look:
             return
         self._next_look = self._written + LOOK_EVERY
-        if sys.platform == "win32":
-            free = shutil.disk_usage(self._folder).free
-        else:
-            info = os.statvfs(self._folder)
-            free = info.f_bavail * info.f_frsize
-        if free < self._limits.reserve:
+        free = free_space(self._target)
+        if free is not None and free < self._limits.reserve:
             raise TargetError(
                 f"no space to unpack: {free} bytes are free, {self._limits.reserve} are to stay so",
-                path=self._folder,
+                path=self._path,
                 hint="make room, or choose another folder for temporary files",
             )
 

@@ -9,6 +9,7 @@ import typer
 
 from imagekit import api
 from imagekit.cli.options import (
+    Confined,
     Format,
     Image,
     Jobs,
@@ -17,13 +18,16 @@ from imagekit.cli.options import (
     allowed,
     chain,
     command,
+    limits,
     reading,
     size_option,
     target,
 )
 from imagekit.cli.sizes import short_size, show_size
 from imagekit.cli.ui import Ui, refuse_from_environment, table
+from imagekit.conversion import NOT_CONFINED
 from imagekit.errors import CorruptImage, UsageError
+from imagekit.limits import Limits
 from imagekit.profiles import PROFILES
 from imagekit.report import Report
 from imagekit.workers import keep_freed_memory
@@ -32,14 +36,18 @@ app = typer.Typer()
 
 
 @app.command()
-@command(reading=reading)
-def info(ui: Ui, image: Image, reading: dict[str, Any], format: Format = None) -> None:
+@command(reading=reading, limits=limits)
+def info(
+    ui: Ui, image: Image, reading: dict[str, Any], limits: Limits, format: Format = None, confined: Confined = False
+) -> None:
     """Show format, sizes, features and safety findings.
 
     Reads headers only, and works on images that convert refuses. With --follow-references also looks for the files
     that the image names, and judges them.
     """
-    found = api.info(image, format=format, **reading)
+    found = api.info(image, format=format, limits=limits, confined=confined, **reading)
+    if confined and not found.confinement:
+        ui.warn(NOT_CONFINED)
     document = found.to_json()
 
     def human() -> str:
@@ -152,13 +160,14 @@ Profile = Annotated[
 
 
 @app.command()
-@command(allow=allowed, reading=reading, target=target)
+@command(allow=allowed, reading=reading, target=target, limits=limits)
 def measure(
     ui: Ui,
     source: Image,
     allow: frozenset[str],
     reading: dict[str, Any],
     target: dict[str, Any],
+    limits: Limits,
     format: Format = None,
     profile: Profile = None,
     size: Size = None,
@@ -176,6 +185,7 @@ def measure(
         size=size,
         align=align,
         allow=allow,
+        limits=limits,
         progress=ui.callback(),
         **reading,
         **target,
@@ -185,13 +195,14 @@ def measure(
 
 
 @app.command()
-@command(allow=allowed, reading=reading, made=target)
+@command(allow=allowed, reading=reading, made=target, limits=limits)
 def convert(
     ui: Ui,
     source: Image,
     allow: frozenset[str],
     reading: dict[str, Any],
     made: dict[str, Any],
+    limits: Limits,
     target: Annotated[
         str | None,
         typer.Argument(metavar="[TARGET]", help="The file to write; may be left out with --for.", show_default=False),
@@ -211,6 +222,7 @@ def convert(
     ] = "structure",
     preallocate: Annotated[bool, typer.Option("--preallocate", help="Leave no holes in the file.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    confined: Confined = False,
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
     jobs: Jobs = None,
@@ -232,6 +244,8 @@ def convert(
         verify=verify,
         preallocate=preallocate,
         dry_run=dry_run,
+        confined=confined,
+        limits=limits,
         overwrite=overwrite,
         sync=not no_sync,
         jobs=jobs,

@@ -10,9 +10,10 @@ from uuid import UUID
 
 import typer
 
-from imagekit.cli.sizes import parse_size
+from imagekit.cli.sizes import parse_seconds, parse_size
 from imagekit.cli.ui import Ui
 from imagekit.errors import UnsupportedFeature, UsageError
+from imagekit.limits import Limits
 from imagekit.references import parse_parent_map
 
 Image = Annotated[
@@ -105,6 +106,47 @@ def reading(
         "snapshot": snapshot,
         "size_from": size_from,
     }
+
+
+Confined = Annotated[
+    bool,
+    typer.Option(
+        "--confined", envvar="IMAGEKIT_CONFINED", help="Read the image in a process that can do nothing else (Linux)."
+    ),
+]
+
+
+def _limit_option(name: str, parser: Callable[[str], int], metavar: str, help: str) -> Any:
+    variable = f"IMAGEKIT_LIMIT_{name.upper().replace('-', '_')}"
+    return typer.Option(
+        f"--limit-{name}", metavar=metavar, parser=parser, envvar=variable, help=help, show_default=False
+    )
+
+
+def limits(
+    limit_virtual_size: Annotated[
+        int | None, _limit_option("virtual-size", parse_size, "SIZE", "Largest disk to read; default: 64 TiB.")
+    ] = None,
+    limit_output_bytes: Annotated[
+        int | None,
+        _limit_option("output-bytes", parse_size, "SIZE", "Most to write, without holes; default: 16 TiB."),
+    ] = None,
+    limit_metadata_memory: Annotated[
+        int | None,
+        _limit_option("metadata-memory", parse_size, "SIZE", "Memory for an image's tables; default: 512M."),
+    ] = None,
+    limit_seconds: Annotated[
+        int | None, _limit_option("seconds", parse_seconds, "N", "Longest time to take; default: a day.")
+    ] = None,
+) -> Limits:
+    """What an image may use at most."""
+    given = {
+        "virtual_size": limit_virtual_size,
+        "output_bytes": limit_output_bytes,
+        "metadata_memory": limit_metadata_memory,
+        "seconds": limit_seconds,
+    }
+    return Limits(**{name: value for name, value in given.items() if value is not None})
 
 
 TargetFormat = Annotated[

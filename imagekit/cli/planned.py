@@ -7,5 +7,4 @@ COMMANDS = frozenset(
 )
 OPTIONS: dict[str, frozenset[str]] = {
     "info": frozenset(("--deep", "--hyperv")),
-    "convert": frozenset(("--confined",)),
 }

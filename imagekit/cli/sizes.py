@@ -1,4 +1,4 @@
-"""Sizes as people write and read them: 20G is 20 GiB is 20·2^30 bytes."""
+"""Sizes and times as people write and read them: 20G is 20 GiB is 20·2^30 bytes, 2h is 7200 seconds."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ def parse_size(text: str) -> int:
     if rest:
         raise UsageError(f"{text!r} is not a whole number of bytes", hint="write it in a smaller unit")
     return value
+
+
+def parse_seconds(text: str) -> int:
+    """Seconds of a text such as ``90``, ``10m`` or ``2h``; UsageError when it is none."""
+    match = re.fullmatch(r"(\d{1,12})\s*([smh]?)", text.strip(), re.ASCII)
+    if match is None:
+        raise UsageError(f"{text!r} is not a time", hint="write it like 90, 10m or 2h")
+    return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def show_size(size: int) -> str:

@@ -1,0 +1,197 @@
+"""The program that runs confined: takes its own rights away, then does one job (imagekit.confined).
+
+``main`` is called by a fresh interpreter with a JSON object of settings. Everything that a job may need is loaded
+first, since nothing can be opened any more after that: a module that is missing then is a bug, and tests convert
+every format to find it. There are no threads until the filter is in place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import mmap
+import os
+import pickle
+import pkgutil
+import socket
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import imagekit.formats
+from imagekit import conversion, seccomp, tool_confine
+from imagekit.confined_channel import (
+    Channel,
+    ChannelClosed,
+    Job,
+    as_error,
+    error_message,
+    finding_message,
+    info_message,
+    reference_message,
+    report_message,
+)
+from imagekit.copying import CopyResult
+from imagekit.errors import ImagekitError
+from imagekit.formats import registry
+from imagekit.formats.base import JSON, Reference
+from imagekit.formats.files import LocalFile
+from imagekit.limits import over_limit
+from imagekit.progress import Control, Progress
+from imagekit.references import Following
+from imagekit.sources import Opener, open_source
+from imagekit.workers import keep_freed_memory
+
+STACK = 1 << 20
+"""Of a thread: the system's 8 MiB would count against the limit of memory, used or not."""
+
+MODULES = (
+    "numpy",
+    "numpy.ma",
+    "deflate",
+    "imagekit.gpt",
+    "imagekit.patched",
+    "imagekit.wrappers",
+    "lzma",
+    "bz2",
+    "hashlib",
+)
+CODECS = ("ascii", "latin-1", "utf-16", "utf-16-le", "utf-16-be", "utf-8-sig", "unicode-escape", "cp437", "idna")
+
+
+def main(settings: dict[str, Any]) -> None:
+    """Confine this process, then do the one job."""
+    channel = Channel(socket.socket(fileno=settings["socket"]))
+    _load()
+    channel.say(ready=list(_confine(settings)))
+    code = 0
+    try:
+        data, descriptors = channel.receive()
+        _answer(channel, pickle.loads(data), descriptors)
+    except ChannelClosed:
+        code = 1
+    os._exit(code)  # no clean-up: it would look for modules
+
+
+def _load() -> None:
+    for name in MODULES:
+        importlib.import_module(name)
+    for module in pkgutil.iter_modules(imagekit.formats.__path__):
+        importlib.import_module(f"imagekit.formats.{module.name}")
+    registry.formats()
+    from imagekit.formats.decoders import zstd_module
+
+    zstd_module()
+    for codec in CODECS:
+        "".encode(codec)
+
+
+def _confine(settings: dict[str, Any]) -> Iterator[str]:
+    """Take away all that a job does not need; yields what worked."""
+    keep_freed_memory()
+    threading.stack_size(STACK)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(tool_confine.PR_SET_PDEATHSIG, tool_confine.SIGKILL, 0, 0, 0)
+    if os.getppid() != settings["parent"]:
+        os._exit(1)  # it died before we asked to be told
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * mmap.PAGESIZE
+    tool_confine.limit({**settings["limits"], "RLIMIT_DATA": used + settings["memory"]})
+    yield "limits"
+    if libc.prctl(tool_confine.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        return
+    version = tool_confine.landlock_version()
+    if version:
+        tool_confine.restrict_files()
+        yield f"landlock {version}"
+    if seccomp.restrict_calls():
+        yield "seccomp"
+
+
+def _answer(channel: Channel, job: Job, descriptors: list[int]) -> None:
+    try:
+        files = [LocalFile(fd, name) for fd, name in zip(descriptors, job.names, strict=True)]
+        result = _JOBS[job.do](_Asking(channel), job, files)
+    except ImagekitError as error:
+        channel.say(error=error_message(error))
+    except MemoryError:
+        most = job.options.limits.metadata_memory
+        refusal = over_limit("metadata_memory", f"it needs more memory than the {most} bytes allowed for tables")
+        channel.say(error=error_message(refusal))
+    except ChannelClosed:
+        raise
+    except BaseException:
+        channel.say(internal=traceback.format_exc())
+    else:
+        channel.say(done=result)
+
+
+class _Asking(Opener):
+    """Asks the process outside for files, and tells it how far the job is."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def tell(self, progress: Progress) -> None:
+        self._channel.say(progress=[progress.phase, progress.done, progress.total])
+
+    def ask(self, **question: JSON) -> LocalFile | None:
+        self._channel.say(**question)
+        data, descriptors = self._channel.receive()
+        answer = json.loads(data)
+        if "error" in answer:
+            raise as_error(answer["error"])
+        return LocalFile(descriptors[0], answer["name"]) if descriptors else None
+
+    def file(self, **question: JSON) -> LocalFile:
+        found = self.ask(**question)
+        assert found is not None
+        return found
+
+    def scratch(self, folder: Path | None, name: str) -> LocalFile:
+        return self.file(ask="scratch", name=name)
+
+    def referred(self, reference: Reference, origin: LocalFile, following: Following) -> Iterator[LocalFile]:
+        skip = 0
+        wanted = reference_message(reference)
+        while (found := self.ask(ask="reference", reference=wanted, origin=origin.name, skip=skip)) is not None:
+            yield found
+            skip += 1
+
+
+def _convert(asking: _Asking, job: Job, files: list[LocalFile]) -> dict[str, JSON]:
+    options, target = job.options, Path(job.target)
+    control = Control(asking.tell)
+    with conversion.planned(
+        files[0],
+        registry.find(job.target_format),
+        options,
+        target=target,
+        parent_file=files[1] if len(files) > 1 else None,
+        opener=asking,
+        control=control,
+    ) as planned:
+        plan = planned.plan
+        if options.dry_run:
+            copied, verified = CopyResult(plan.data_bytes, 0, plan.file_size), "not written"
+        else:
+            needed = conversion.bytes_to_write(plan, options)
+            made = asking.file(ask="target", needed=needed, file_size=plan.file_size)
+            copied, verified = conversion.carry_out(planned, made, options, control), options.verify
+        return report_message(conversion.make_report(planned, target, copied, verified=verified))
+
+
+def _info(asking: _Asking, job: Job, files: list[LocalFile]) -> dict[str, JSON]:
+    asked = replace(conversion.reading(job.options), allow=None, opener=asking)
+    with open_source(files[0], asked, control=Control(asking.tell)) as source:
+        return {
+            "info": info_message(source.image.info()),
+            "findings": [finding_message(one) for one in source.findings],
+            "chain": [[one.original.name, info_message(one.image.info())] for one in source.below()],
+        }
+
+
+_JOBS = {"convert": _convert, "info": _info}
