@@ -10,6 +10,7 @@ import yaml
 from imagekit.cloudinit.configdrive import build_config_drive, config_drive_tree
 from imagekit.cloudinit.iso import read_iso
 from imagekit.cloudinit.model import Network, parse_spec
+from imagekit.cloudinit.render import Rendering
 from tests.cloudinit_specs import FULL, KEY, MAC, UUID
 from tests.oracles import cloud_init
 
@@ -71,3 +72,29 @@ def test_cloud_init_configures_addresses_routes_and_name_servers(tmp_path: Path)
     assert {route["via"] for route in nic["routes"] if route["to"] in everywhere} == {"192.0.2.1", "fe80::1"}
     assert {"to": "198.51.100.0/24", "via": "192.0.2.254"} in nic["routes"]
     assert {"192.0.2.53", "2001:db8::53"} <= set(nic["nameservers"]["addresses"])
+
+
+def test_cloud_init_reads_no_cloud_as_the_spec_says(tmp_path: Path) -> None:
+    spec = parse_spec({**FULL, "password": None})
+    folder = tmp_path / "seed/nocloud"
+    folder.mkdir(parents=True)
+    for path, content in Rendering("nocloud").render(spec).files.items():
+        (folder / path).write_bytes(content)
+    read = cloud_init.read_no_cloud(tmp_path)
+    assert (read["instance_id"], read["local_hostname"]) == (UUID, "web1.example")
+    assert read["keys"] == [KEY]
+    assert bytes.fromhex(read["user_data"]) == spec.user_data
+    assert read["network"]["config"][0]["mac_address"] == MAC
+
+
+def test_what_is_added_to_user_data_grows_its_lists_and_changes_none_of_its_values(tmp_path: Path) -> None:
+    own = "#cloud-config\npackages: [nginx]\nchpasswd: {expire: true}\nruncmd: [[touch, /a]]\n"
+    values = {"name": "a", "uuid": UUID, "guest": "debian12", "hyperv_tools": True, "password": "x", "user_data": own}
+    tree = config_drive_tree(parse_spec(values))
+    merged = cloud_init.merged_cloud_config(tree["openstack/latest/user_data"], tmp_path)
+    assert merged.pop("password").startswith("$6$")
+    assert merged == {
+        "packages": ["nginx", "hyperv-daemons"],
+        "chpasswd": {"expire": True},
+        "runcmd": [["touch", "/a"]],
+    }

@@ -63,6 +63,49 @@ for job in json.loads(jobs):
     os._exit(0)
 """
 
+_NO_CLOUD = """
+import json, sys
+packages, folder = sys.argv[1:]
+sys.path.insert(0, packages)
+from cloudinit import distros, helpers
+from cloudinit.sources.DataSourceNoCloud import DataSourceNoCloud
+paths = helpers.Paths({"run_dir": folder + "/run", "cloud_dir": folder})
+config = {"datasource": {"NoCloud": {"fs_label": None}}}
+source = DataSourceNoCloud(config, distros.fetch("debian")("debian", {}, paths), paths)
+if not source._get_data():
+    sys.exit("cloud-init does not take it for NoCloud")
+data = source.get_userdata_raw() or b""
+print(json.dumps({
+    "instance_id": source.get_instance_id(),
+    "keys": source.get_public_ssh_keys(),
+    "local_hostname": source.metadata.get("local-hostname"),
+    "user_data": (data if isinstance(data, bytes) else data.encode()).hex(),
+    "network": source.network_config,
+}))
+"""
+
+_MERGE = """
+import json, os, sys
+packages, folder = sys.argv[1:]
+sys.path.insert(0, packages)
+from cloudinit import handlers, helpers, user_data, util
+from cloudinit.handlers.cloud_config import CloudConfigPartHandler
+from cloudinit.settings import PER_ALWAYS
+paths = helpers.Paths({"run_dir": folder, "cloud_dir": folder})
+with open(folder + "/user-data", "rb") as file:
+    message = user_data.UserDataProcessor(paths).process(file.read())
+handler = CloudConfigPartHandler(paths)
+handler.cloud_fn = folder + "/merged"
+handler.handle_part(None, "__begin__", None, None, None, None)
+for part in message.walk():
+    if part.get_content_type() == "text/cloud-config":
+        payload = util.fully_decoded_payload(part)
+        handler.handle_part(None, "text/cloud-config", part.get_filename(), payload, PER_ALWAYS, part)
+handler.handle_part(None, "__end__", None, None, None, None)
+with open(folder + "/merged") as file:
+    print(json.dumps(util.load_yaml(file.read())))
+"""
+
 _CONVERT = """
 import sys
 packages = sys.argv.pop(1)
@@ -107,6 +150,19 @@ def read_config_drive(folder: Path, *, nics: dict[str, str]) -> dict[str, Any]:
     """
     answer: dict[str, Any] = json.loads(_python(_READ, str(_packages()), str(folder), json.dumps(nics)))
     return answer
+
+
+def read_no_cloud(folder: Path) -> dict[str, Any]:
+    """What the NoCloud data source says; the files are in ``folder``/seed/nocloud."""
+    answer: dict[str, Any] = json.loads(_python(_NO_CLOUD, str(_packages()), str(folder)))
+    return answer
+
+
+def merged_cloud_config(user_data: bytes, folder: Path) -> dict[str, Any]:
+    """The one cloud-config that cloud-init makes of all parts of user data; ``folder`` is for its files."""
+    (folder / "user-data").write_bytes(user_data)
+    merged: dict[str, Any] = json.loads(_python(_MERGE, str(_packages()), str(folder)))
+    return merged
 
 
 def render_networks(jobs: list[dict[str, str]], *, nics: dict[str, str]) -> None:
