@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
-from imagekit.formats.base import Problem, Reference
+from imagekit.formats.base import Problem, Reference, round_up
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.qcow2 import Qcow2Image
 from imagekit.formats.qcow2_claims import COPIED, Claim, Walk
@@ -36,6 +36,8 @@ WINDOW = 1 << 20
 MAX_WINDOWS = 4096
 LISTED = 100
 """Problems listed one by one, of damage and of leaks each."""
+MOST_DEFLATED = 1100
+"""Bytes that one byte of a deflate stream can stand for are 1032; more means that clusters share their streams."""
 MAX_DISK = 1 << 63
 
 
@@ -48,6 +50,7 @@ def check(image: Qcow2Image) -> list[Problem]:
     counting = Counting(image, found)
     for window in counting.windows():
         _check_window(counting, window, found)
+    counting.report_aliases()
     if not found.damaged:
         _read_through(image, found)
     return found.problems()
@@ -174,6 +177,24 @@ class Counting:
             self._header.l1_offset,
             0,
         )
+
+    def report_aliases(self) -> None:
+        """Say so when the guest's disk holds more than the file can: then clusters share their places."""
+        import numpy as np
+
+        walk = self._walk
+        tables, times = np.unique(walk.l1_places[walk.l1_places >= 0], return_counts=True)
+        plain = compressed = 0
+        repeated = False
+        for offset, count in zip(tables.tolist(), times.tolist(), strict=True):
+            table = walk.l2_table(offset)
+            plain += len(table.plain) * count * walk.cluster
+            compressed += len(table.compressed) * count * walk.cluster
+            repeated |= len(np.unique(table.compressed)) < len(table.compressed)
+        room = round_up(walk.size, walk.cluster)
+        if repeated or plain > room or compressed > room * MOST_DEFLATED:
+            message = f"a file of {walk.size} bytes holds {plain + compressed} bytes in clusters that share places"
+            self._found.add("aliased", message, walk.header.l1_offset)
 
     def windows(self) -> Iterator[Window]:
         """The windows of the file that anything leads to, in order; none where there are no refcounts."""

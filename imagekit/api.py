@@ -91,25 +91,27 @@ def info(
     image: PathLike,
     *,
     format: str | None = None,
+    deep: bool = False,
     confined: bool = False,
     cancel: threading.Event | None = None,
     **options: Any,
 ) -> Inspection:
     """Headers, features and findings of an image; works on images that :func:`convert` refuses.
 
-    ``options`` as in :func:`open_image`; with ``follow_references`` the whole chain is opened and judged. With
-    ``confined`` a process that can do nothing else reads the image (imagekit.confined).
+    ``options`` as in :func:`open_image`; with ``follow_references`` the whole chain is opened and judged. ``deep``
+    also judges what only a pass over all tables can show. With ``confined`` a process that can do nothing else reads
+    the image (imagekit.confined).
     """
     asked = _reading_options(format, options)
     if confined:
         from imagekit import confined as confinement
 
         if confinement.POSSIBLE:
-            seen = confinement.inspect(image, asked, control=Control(cancel=cancel))
+            seen = confinement.inspect(image, asked, deep=deep, control=Control(cancel=cancel))
             return Inspection(
                 seen.name, seen.info, seen.file_size, seen.actual_size, seen.findings, seen.chain, seen.confinement
             )
-    with open_source(image, replace(reading(asked), allow=None)) as source:
+    with open_source(image, replace(reading(asked, deep=deep), allow=None)) as source:
         return Inspection(
             filename=source.original.name,
             info=source.image.info(),

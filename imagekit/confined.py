@@ -124,14 +124,18 @@ class Inspected:
 
 
 def inspect(
-    source: str | os.PathLike[str] | LocalFile, options: ConvertOptions, *, control: Control = SILENT
+    source: str | os.PathLike[str] | LocalFile,
+    options: ConvertOptions,
+    *,
+    deep: bool = False,
+    control: Control = SILENT,
 ) -> Inspected:
     """``info`` in a confined process; ``options`` say how to read."""
     _check_options(options)
     with ExitStack() as stack:
         file = stack.enter_context(_opened(source))
         host = _Host(options, control.within(options.limits.seconds), [file], None, stack)
-        said, confinement = host.run(Job("info", options, (file.name,)))
+        said, confinement = host.run(Job("info", options, (file.name,), deep=deep))
 
         def as_inspected(said: Any) -> Inspected:
             return Inspected(

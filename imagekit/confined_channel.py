@@ -42,6 +42,8 @@ class Job:
 
     target: str = ""
     target_format: str = ""
+    deep: bool = False
+    """Whether ``info`` looks at all tables."""
 
 
 class ChannelClosed(Exception):

@@ -185,7 +185,7 @@ def _convert(asking: _Asking, job: Job, files: list[LocalFile]) -> dict[str, JSO
 
 
 def _info(asking: _Asking, job: Job, files: list[LocalFile]) -> dict[str, JSON]:
-    asked = replace(conversion.reading(job.options), allow=None, opener=asking)
+    asked = replace(conversion.reading(job.options, deep=job.deep), allow=None, opener=asking)
     with open_source(files[0], asked, control=Control(asking.tell)) as source:
         return {
             "info": info_message(source.image.info()),

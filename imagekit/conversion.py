@@ -115,7 +115,8 @@ def planned(
         if isinstance(source, Source):
             opened = source
         else:
-            asked = replace(reading(options, scratch=None if target is None else target.parent), opener=opener)
+            scratch = None if target is None else target.parent
+            asked = replace(reading(options, scratch=scratch, deep=True), opener=opener)
             file = source.again() if isinstance(source, LocalFile) else source
             opened = stack.enter_context(open_source(file, asked, control=control))
         parent = None
@@ -143,11 +144,14 @@ def planned(
         yield PlannedConversion(opened, image, plan, parent)
 
 
-def reading(options: ConvertOptions, *, scratch: Path | None = None) -> Reading:
-    """How the source is to be opened; ``scratch`` is a folder for what has to be unpacked."""
+def reading(options: ConvertOptions, *, scratch: Path | None = None, deep: bool = False) -> Reading:
+    """How the source is to be opened; ``scratch`` is a folder for what has to be unpacked.
+
+    ``deep`` judges all tables, not only headers.
+    """
     following = Following(options.parent_map, options.ignore_parent_id) if options.follow_references else None
     view = OpenOptions(snapshot=options.snapshot, size_from=options.size_from)
-    return Reading(options.source_format, options.allow, following, view, scratch, options.limits)
+    return Reading(options.source_format, options.allow, following, view, scratch, options.limits, deep=deep)
 
 
 def open_parent(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from imagekit.errors import UnsafeImage, UsageError
-from imagekit.formats.base import JSON, ImageInfo
+from imagekit.formats.base import JSON, ImageInfo, Problem
 from imagekit.formats.registry import Claim, find, suffix_format
 from imagekit.limits import Limits, shown
 
@@ -152,6 +152,25 @@ RULES: dict[str, Rule] = {
         Rule("limit-output-bytes", Severity.REFUSE, "what a small file becomes must not fill this machine"),
         Rule("limit-metadata-memory", Severity.REFUSE, "what an image says must not fill this machine's memory"),
         Rule("limit-seconds", Severity.REFUSE, "an image must not keep this machine busy for ever"),
+        Rule(
+            "overlap",
+            Severity.REFUSE,
+            "what lies on something else in the file is two things at once",
+            hint="run imagekit check IMAGE, and ask who made it; --allow overlap reads it all the same",
+            allowable=True,
+        ),
+        Rule(
+            "amplification",
+            Severity.REFUSE,
+            "a disk whose clusters share their places is larger than anybody has room for",
+            hint="where its origin is trusted: --allow amplification",
+            allowable=True,
+        ),
+        Rule(
+            "structure",
+            Severity.WARN,
+            "a check finds damage in the structure; what a guest reads is looked at when it is read",
+        ),
         Rule("confined-crash", Severity.REFUSE, "what makes a program crash may do worse to the next"),
         Rule("wrapped", Severity.NOTE, "the image was packed; what is inside counts"),
         Rule("ova-signature", Severity.NOTE, "the package is signed; nobody checked by whom"),
@@ -258,6 +277,24 @@ def judge_limits(info: ImageInfo, limits: Limits) -> Iterator[Finding]:
         most: int = getattr(limits, name)
         if value > most:
             yield finding(f"limit-{shown(name)}", f"{what} {value} bytes, at most {most} are allowed")
+
+
+PROBLEMS = {"overlap": "overlap", "aliased": "amplification"}
+"""What a check of the structure finds, by its code, and the rule that refuses it.
+
+A pointer out of the file is no rule's matter: where a guest reads, reading refuses it; elsewhere it is a finding."""
+
+
+def judge_structure(problems: Iterable[Problem]) -> Iterator[Finding]:
+    """What a pass over all of an image's tables found: the first of each kind. Leaks only waste room."""
+    told = set[str]()
+    for problem in problems:
+        stated = problem.code in RULES and problem.code not in PROBLEMS  # by the headers, as a fact
+        if problem.leak or stated or problem.code in told or problem.code == "more":
+            continue
+        told.add(problem.code)
+        rule = PROBLEMS.get(problem.code, "structure")
+        yield finding(rule, f"{problem.message} [{problem.code}]", problem.offset)
 
 
 def judge_chain(size: int, sizes: Iterable[int]) -> Iterator[Finding]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from imagekit import policy
@@ -97,6 +98,8 @@ class Opener:
 
 
 OPENER = Opener()
+EXTENTS_LOOKED_AT = 1 << 20
+"""For damage, in an image that is refused anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,8 @@ class Reading:
 
     limits: Limits = DEFAULT_LIMITS
     opener: Opener = OPENER
+    deep: bool = False
+    """Also look at all tables: what lies on something else, leads out of the file, or is there more than once."""
 
     def enforce(self, findings: list[policy.Finding], file: LocalFile) -> None:
         if self.allow is not None:
@@ -217,6 +222,9 @@ def _judged(file: LocalFile, reading: Reading, above: tuple[FileIdentity, ...] =
     findings += policy.judge_info(stated)
     findings += policy.judge_limits(stated, reading.limits)
     reading.enforce(findings, file)
+    if reading.deep:
+        findings += _structure(chosen, file, image, refuse=reading.allow is not None)
+        reading.enforce(findings, file)
     chain: tuple[Source, ...] = ()
     if reading.following is not None and references:
         chain = _follow(references, file, reading, (*above, identity))
@@ -227,6 +235,24 @@ def _judged(file: LocalFile, reading: Reading, above: tuple[FileIdentity, ...] =
         below = [source.image.virtual_size for one, source in pairs if one.kind in ("backing-file", "parent-file")]
         findings += policy.judge_chain(image.virtual_size, below)
     return Source(file, chosen.name, image, tuple(findings), file, identity, chain)
+
+
+def _structure(chosen: DiskFormat, file: LocalFile, image: DiskImage, *, refuse: bool) -> list[policy.Finding]:
+    """What the format's own check says of the whole file."""
+    try:
+        with located(file):
+            found = list(policy.judge_structure(chosen.check(file)))
+    except UnsupportedFeature:
+        return []  # no tables, or none that can be understood: reading will tell
+    except ImagekitError as error:
+        # Where a guest reads, reading says it better.
+        return [] if refuse else [policy.finding("structure", error.message, error.offset)]
+    if refuse and any(one.severity is policy.Severity.REFUSE for one in found):
+        # Damage that a guest would meet is damage first, and no matter of policy.
+        with located(file), suppress(UnsupportedFeature):
+            for _ in islice(image.extents(), EXTENTS_LOOKED_AT):
+                pass
+    return found
 
 
 def _check_chain(file: LocalFile, identity: FileIdentity, above: tuple[FileIdentity, ...]) -> None:

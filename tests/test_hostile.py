@@ -236,8 +236,14 @@ def test_check_finds_what_no_guest_would_notice(entry: Hostile, image: Path, out
     assert ran.code in entry.codes
     assert re.search(entry.says, ran.stdout), ran.stdout
     converted = convert(image, out / "target.raw")
-    assert converted.code == 0, converted.stderr
     assert_contained(converted, image, out)
+    if entry.rule is None:
+        assert converted.code == 0, converted.stderr
+        return
+    assert (converted.code, list(out.iterdir())) == (13, []), converted.stderr
+    assert f"refused by rule {entry.rule}" in converted.stderr
+    looked = run("info", image, "--deep", "--output", "json")
+    assert entry.rule in {one["rule"] for one in looked.json()["findings"] if one["severity"] == "refuse"}
 
 
 @entries(NOTED)

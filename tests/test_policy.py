@@ -48,6 +48,8 @@ def test_only_what_is_the_callers_own_risk_can_be_allowed() -> None:
     """References and contradictions cannot be: what they lead to is not the caller's to know."""
     assert {code for code, rule in RULES.items() if rule.allowable} == {
         "in-use",
+        "overlap",
+        "amplification",
         "corrupt-bit",
         "reference-format",
         "external-qemu-img",
@@ -161,7 +163,8 @@ def test_only_rules_that_can_be_allowed_can_be_asked_for() -> None:
         check_allowed(["in-use", "backing-file"])
     assert caught.value.hint == (
         "rules that can be allowed: "
-        "corrupt-bit, descriptor-unknown-key, external-qemu-img, in-use, no-descriptor, reference-format"
+        "amplification, corrupt-bit, descriptor-unknown-key, external-qemu-img, in-use, no-descriptor, overlap, "
+        "reference-format"
     )
     with pytest.raises(UsageError, match="'nonsense' is not a rule"):
         check_allowed(["nonsense"])

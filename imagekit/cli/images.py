@@ -10,6 +10,7 @@ import typer
 from imagekit import api
 from imagekit.cli.options import (
     Confined,
+    Deep,
     Format,
     Image,
     Jobs,
@@ -38,14 +39,20 @@ app = typer.Typer()
 @app.command()
 @command(reading=reading, limits=limits)
 def info(
-    ui: Ui, image: Image, reading: dict[str, Any], limits: Limits, format: Format = None, confined: Confined = False
+    ui: Ui,
+    image: Image,
+    reading: dict[str, Any],
+    limits: Limits,
+    format: Format = None,
+    deep: Deep = False,
+    confined: Confined = False,
 ) -> None:
     """Show format, sizes, features and safety findings.
 
-    Reads headers only, and works on images that convert refuses. With --follow-references also looks for the files
-    that the image names, and judges them.
+    Reads headers only unless --deep, and works on images that convert refuses. With --follow-references
+    also looks for the files that the image names, and judges them.
     """
-    found = api.info(image, format=format, limits=limits, confined=confined, **reading)
+    found = api.info(image, format=format, limits=limits, deep=deep, confined=confined, **reading)
     if confined and not found.confinement:
         ui.warn(NOT_CONFINED)
     document = found.to_json()

@@ -108,6 +108,7 @@ def reading(
     }
 
 
+Deep = Annotated[bool, typer.Option("--deep", help="Look at all tables: overlaps, pointers out of the file.")]
 Confined = Annotated[
     bool,
     typer.Option(

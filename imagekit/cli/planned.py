@@ -6,5 +6,5 @@ COMMANDS = frozenset(
     ("upload",),
 )
 OPTIONS: dict[str, frozenset[str]] = {
-    "info": frozenset(("--deep", "--hyperv")),
+    "info": frozenset(("--hyperv",)),
 }
