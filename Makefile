@@ -6,6 +6,8 @@ PYTHON ?=
 MARKS  ?= not slow
 # Processes that share the tests; `make test-all` measures coverage, in one.
 JOBS   ?= 2
+# Seconds of `make fuzz`.
+TIME   ?= 600
 
 bin    := $(VENV)/bin
 # `make test-all` replaces it by "coverage run".
@@ -14,7 +16,7 @@ python := $(bin)/python
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: venv tools-demo tools-test tools-all tools-bench erase-coverage ruff mypy mypy-win32 imports
-.PHONY: help demo test test-slow test-all test-nova lint bench lock clean
+.PHONY: help demo test test-slow test-all test-nova lint fuzz bench lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
