@@ -60,6 +60,11 @@ mypy-win32: venv
 imports: venv
 	$(bin)/lint-imports --no-logo
 
+fuzz: venv ## fuzzing with atheris, for TIME seconds, from the hostile corpus
+	@$(bin)/python -c 'import atheris' 2>/dev/null || $(bin)/python -m pip install -q -r tests/fuzz/requirements.txt
+	@test -d build/fuzz || $(bin)/python -m fixtures.hostile --small build/fuzz
+	$(bin)/python -m tests.fuzz.target build/fuzz -max_len=65536 -timeout=5 -rss_limit_mb=512 -max_total_time=$(TIME)
+
 bench: venv tools-bench ## the benchmarks, against qemu-img and others (BENCH="--quick" for a short run)
 	$(bin)/python -m tests.benchmarks $(BENCH)
 
