@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from imagekit.guest import SpecLike
     from imagekit.launch.launcher import LaunchPlan
     from imagekit.launch.result import BootResult, Evidence
+    from imagekit.readiness import Readiness
 
 PathLike = str | os.PathLike[str]
 
@@ -120,6 +121,14 @@ def info(
             findings=source.findings,
             chain=tuple((one.original.name, one.image.info()) for one in source.below()),
         )
+
+
+def readiness(image: PathLike, *, format: str | None = None, **options: Any) -> Readiness:
+    """Whether a guest is ready for Hyper-V, as far as looking at its disk tells; ``options`` as for open_image."""
+    from imagekit.readiness import check_readiness
+
+    with open_source(image, _reading(format, options)) as source, located(source.file):
+        return check_readiness(source.image)
 
 
 def open_image(image: PathLike, *, format: str | None = None, **options: Any) -> DiskImage:

@@ -19,7 +19,7 @@ from imagekit.cloudinit.passwords import encrypt_password
 from imagekit.cloudinit.render import Rendering
 from imagekit.cloudinit.tree import Datasource, MetadataTree
 from imagekit.conversion import convert_image, reading
-from imagekit.errors import TargetError, UsageError
+from imagekit.errors import TargetError, UnsupportedFeature, UsageError
 from imagekit.firmware import Choice, choose, find_loader
 from imagekit.formats.base import GiB, MiB
 from imagekit.guest import Guest
@@ -28,6 +28,7 @@ from imagekit.media import Packing, pack
 from imagekit.plan import ConvertOptions
 from imagekit.progress import SILENT, Control
 from imagekit.publish import check_target, write_file
+from imagekit.readiness import Readiness, check_readiness
 from imagekit.report import SCHEMA, Report
 from imagekit.sources import located, open_source
 
@@ -53,6 +54,7 @@ class Bundle:
     choice: Choice
     warnings: tuple[str, ...] = ()
     encrypted_password: str | None = None
+    readiness: Readiness | None = None
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)
@@ -68,6 +70,7 @@ class Bundle:
                 "generation": self.choice.generation_reason,
                 "secure-boot": self.choice.secure_boot_reason,
             },
+            "readiness": None if self.readiness is None else self.readiness.to_json(),
             "warnings": list(self.warnings),
             **({} if self.encrypted_password is None else {"encrypted-password": self.encrypted_password}),
         }
@@ -183,6 +186,7 @@ def prepare_bundle(
 
     The disk is ``NAME.vhd`` for generation 1 and ``NAME.vhdx`` for generation 2, the config drive
     ``NAME-config.iso`` or what ``packing`` says (None: there is none); VFAT comes in a disk like the machine's.
+    What :mod:`imagekit.readiness` finds missing is a warning; ``strict`` makes it UnsupportedFeature.
     """
     if options.dry_run or options.overwrite:
         raise UsageError("a bundle is always written, and always new", hint="choose another folder")
@@ -196,6 +200,9 @@ def prepare_bundle(
         with open_source(image, reading(options, scratch=folder, deep=True), control=control) as source:
             with located(source.file):
                 loader = find_loader(source.image)
+                readiness = check_readiness(source.image)
+            if strict:
+                _need_ready(readiness)
             wanted = guest.spec.machine
             choice = choose(wanted.generation, wanted.secure_boot, loader)
             disk_format = DISK_FORMATS[choice.generation]
@@ -216,8 +223,18 @@ def prepare_bundle(
         control.check()
         write_file(description, machine.dumps(), sync=options.sync)
         undo.pop_all()
-    warnings = (*choice.warnings, *(metadata.warnings if metadata else ()), *_warnings(report, options))
-    return Bundle(folder, machine, report, choice, warnings)
+    missing = tuple(f"not ready for Hyper-V: {one.name}: {one.detail}" for one in readiness.failed)
+    spoken = (*(metadata.warnings if metadata else ()), *_warnings(report, options))
+    return Bundle(folder, machine, report, choice, (*choice.warnings, *missing, *spoken), readiness=readiness)
+
+
+def _need_ready(readiness: Readiness) -> None:
+    if readiness.failed:
+        raise UnsupportedFeature(
+            "the disk is not ready for Hyper-V: "
+            + "; ".join(f"{one.name}: {one.detail}" for one in readiness.failed),
+            hint="mend the image, or leave out --strict; `imagekit info --hyperv` shows all that was looked at",
+        )
 
 
 def _for_generation(packing: Packing | None, generation: Literal[1, 2]) -> Packing | None:

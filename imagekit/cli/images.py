@@ -46,16 +46,25 @@ def info(
     format: Format = None,
     deep: Deep = False,
     confined: Confined = False,
+    hyperv: Annotated[
+        bool, typer.Option("--hyperv", help="Look into the disk: is the guest on it ready for Hyper-V?")
+    ] = False,
 ) -> None:
     """Show format, sizes, features and safety findings.
 
-    Reads headers only unless --deep, and works on images that convert refuses. With --follow-references
-    also looks for the files that the image names, and judges them.
+    Reads headers only unless --deep, and works on images that convert refuses. With --follow-references also looks
+    for the files that the image names, and judges them. With --hyperv reads the guest's boot loaders, kernel modules, cloud-init
+    and fstab, without mounting anything; what it cannot read it calls unknown.
     """
+    if hyperv and confined:
+        raise UsageError("--hyperv reads the guest's files in this process", hint="leave out --confined")
     found = api.info(image, format=format, limits=limits, deep=deep, confined=confined, **reading)
     if confined and not found.confinement:
         ui.warn(NOT_CONFINED)
-    document = found.to_json()
+    document: dict[str, object] = dict(found.to_json())
+    ready = api.readiness(image, format=format, limits=limits, **reading) if hyperv else None
+    if ready is not None:
+        document["hyperv"] = ready.to_json()
 
     def human() -> str:
         features = found.info.features
@@ -72,6 +81,10 @@ def info(
         rows |= {name.replace("-", " "): str(value) for name, value in features.items() if value not in (False, 0)}
         lines = [table(rows)]
         lines += [f"{finding.severity.value}: {finding.message} [{finding.rule}]" for finding in found.findings]
+        if ready is not None:
+            generations = " and ".join(str(number) for number in ready.generations) or "none"
+            lines += ["", f"on Hyper-V: bootable as generation {generations}"]
+            lines += [f"{check.status:<8} {check.name}: {check.detail}" for check in ready.checks]
         return "\n".join(lines)
 
     ui.result(document, human)

@@ -5,6 +5,4 @@ from __future__ import annotations
 COMMANDS = frozenset(
     ("upload",),
 )
-OPTIONS: dict[str, frozenset[str]] = {
-    "info": frozenset(("--hyperv",)),
-}
+OPTIONS: dict[str, frozenset[str]] = {}
