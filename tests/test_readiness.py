@@ -16,6 +16,7 @@ from imagekit.cli.app import run
 from imagekit.errors import UnsupportedFeature
 from imagekit.initramfs import InitramfsError, names
 from imagekit.readiness import Readiness
+from tests.cloudinit_specs import KEY
 from tests.ext_disks import UUID, make_disk, make_ext
 
 pytestmark = pytest.mark.oracle
@@ -185,7 +186,7 @@ def test_info_shows_it_and_strict_prepare_refuses_it(tmp_path: Path, capsys: pyt
     bundle = imagekit.prepare(disk, tmp_path / "bundle", source_format="raw", name="web1")
     assert any(warning.startswith("not ready for Hyper-V: kernel") for warning in bundle.warnings)
     with pytest.raises(UnsupportedFeature, match="not ready for Hyper-V"):
-        imagekit.prepare(disk, tmp_path / "strict", source_format="raw", name="web1", strict=True)
+        imagekit.prepare(disk, tmp_path / "strict", source_format="raw", name="web1", ssh_keys=[KEY], strict=True)
     assert not (tmp_path / "strict").exists()
 
 
