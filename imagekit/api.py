@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from imagekit.drive_check import DriveCheck
     from imagekit.guest import SpecLike
     from imagekit.launch.launcher import LaunchPlan
+    from imagekit.launch.qemu_command import NicChoice
     from imagekit.launch.result import BootResult, Evidence
     from imagekit.readiness import Readiness
 
@@ -515,6 +516,7 @@ def boot(
     marker: str | None = None,
     allow_network: bool = False,
     accelerator: Literal["auto", "kvm", "tcg"] = "auto",
+    nic: NicChoice = "auto",
     out: PathLike | None = None,
     on_event: Callable[[Evidence], None] | None = None,
     cancel: threading.Event | None = None,
@@ -524,7 +526,8 @@ def boot(
 
     ``on`` is ``"qemu"``, a rehearsal (:func:`imagekit.launch.rehearsal.rehearse`), ``"hyperv"``, this computer, or
     ``"hyperv://HOST"``; a host gets the files and the machine first. ``rehearse=True`` rehearses before that, and
-    nothing is sent unless it booted. ``host`` are fields of :class:`~imagekit.hyperv.stage.StageOptions` (``store``,
+    nothing is sent unless it booted. ``nic`` is the adapter to rehearse with, ``"tulip"`` being Hyper-V's legacy one.
+    ``host`` are fields of :class:`~imagekit.hyperv.stage.StageOptions` (``store``,
     ``share``, …) and :class:`~imagekit.hyperv.connect.Connection` (``auth``, ``ca_file``, …).
     """
     from imagekit.launch.qemu import QemuLauncher
@@ -534,6 +537,7 @@ def boot(
         marker=marker,
         allow_network=allow_network,
         accelerator=accelerator,
+        nic=nic,
         out=out,
         on_event=on_event,
         cancel=cancel,
@@ -560,12 +564,12 @@ def boot(
         stage.close()
 
 
-def plan_boot(bundle: PathLike, *, on: str = "qemu", **host: Any) -> LaunchPlan:
+def plan_boot(bundle: PathLike, *, on: str = "qemu", nic: NicChoice = "auto", **host: Any) -> LaunchPlan:
     """What :func:`boot` would run, complete; nothing is started or sent, and no host is asked."""
     if on == "qemu":
         from imagekit.launch.qemu import QemuLauncher
 
-        return QemuLauncher(bundle).plan()
+        return QemuLauncher(bundle, nic=nic).plan()
     from imagekit.hyperv.connect import is_hyperv, plan_launch
 
     if not is_hyperv(on):

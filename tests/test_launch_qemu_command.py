@@ -11,7 +11,7 @@ import pytest
 
 from imagekit.errors import UnsupportedFeature
 from imagekit.launch.ovmf import Flash, UefiFirmware
-from imagekit.launch.qemu_command import Accelerator, qemu_args, stand_ins
+from imagekit.launch.qemu_command import Accelerator, NicChoice, qemu_args, stand_ins, with_adapters
 from imagekit.machine import Machine
 
 MIB = 1 << 20
@@ -223,3 +223,15 @@ def test_what_stands_in_for_generation_2_is_named() -> None:
 def test_a_file_is_needed_for_every_medium() -> None:
     with pytest.raises(ValueError, match="zip"):
         qemu_args(machine(), program="q", files=FILES[:1], control="socket,fd=3", accelerator="tcg")
+
+
+@pytest.mark.parametrize(("nic", "device"), [("tulip", "tulip"), ("virtio", "virtio-net-pci"), ("e1000", "e1000")])
+def test_a_rehearsal_can_have_the_adapter_it_is_asked_for(nic: NicChoice, device: str) -> None:
+    asked = with_adapters(machine(nics=[{"mac": "00:15:5d:00:00:01"}]), nic)
+    assert any(one.startswith(f"{device},netdev=net0,mac=00:15:5d:00:00:01") for one in arguments(asked))
+    assert with_adapters(asked, "auto") == asked
+
+
+def test_generation_2_has_no_legacy_adapter() -> None:
+    with pytest.raises(UnsupportedFeature, match="no legacy"):
+        with_adapters(generation_2(), "tulip")

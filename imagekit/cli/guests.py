@@ -27,6 +27,7 @@ from imagekit.errors import BootFailed, UsageError
 from imagekit.workers import keep_freed_memory
 
 if TYPE_CHECKING:
+    from imagekit.launch.qemu_command import NicChoice
     from imagekit.launch.result import BootResult
 
 app = typer.Typer()
@@ -350,6 +351,14 @@ def boot(
     accelerator: Annotated[
         str, typer.Option("--accelerator", metavar="auto|kvm|tcg", help="How QEMU runs the guest.")
     ] = "auto",
+    nic: Annotated[
+        str,
+        typer.Option(
+            "--nic",
+            metavar="auto|tulip|virtio|e1000",
+            help="Network adapter of the rehearsal; tulip is the one that Hyper-V's legacy adapter emulates.",
+        ),
+    ] = "auto",
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Folder for console log and screenshot; default: BUNDLE."),
@@ -363,7 +372,9 @@ def boot(
         raise UsageError(f"accelerator {accelerator!r}", hint="choose auto, kvm or tcg")
     host = {} if on == "qemu" else {**connection, **where, "say": ui.warn}
     if plan:
-        made = api.plan_boot(bundle, on=on, **({} if on == "qemu" else {**connection, **where}))
+        made = api.plan_boot(
+            bundle, on=on, nic=cast("NicChoice", nic), **({} if on == "qemu" else {**connection, **where})
+        )
         ui.result(made.to_json(), lambda: describe_plan(made))
         return
     result = api.boot(
@@ -374,6 +385,7 @@ def boot(
         marker=marker,
         allow_network=allow_network,
         accelerator=cast(Literal["auto", "kvm", "tcg"], accelerator),
+        nic=cast("NicChoice", nic),
         out=out,
         on_event=events(ui),
         **host,

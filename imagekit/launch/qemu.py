@@ -18,7 +18,7 @@ from typing import Any
 from imagekit.errors import UsageError
 from imagekit.launch.launcher import LaunchPlan, PlannedStep
 from imagekit.launch.ovmf import find_firmware
-from imagekit.launch.qemu_command import BLOCK_DRIVERS, check_supported, qemu_args, stand_ins
+from imagekit.launch.qemu_command import BLOCK_DRIVERS, check_supported, qemu_args, stand_ins, with_adapters
 from imagekit.launch.qemu_process import find_program
 from imagekit.launch.rehearsal import CONSOLE_NAME, SCREEN_NAME, TICK_SECONDS, kvm_usable, rehearse
 from imagekit.launch.result import BootResult
@@ -104,7 +104,7 @@ class QemuLauncher:
             (out / name).unlink(missing_ok=True)
 
     def _machine(self) -> Machine:
-        machine = Machine.load(self._folder)
+        machine = with_adapters(Machine.load(self._folder), self._options.get("nic", "auto"))
         check_supported(machine)
         return machine
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from imagekit.errors import UnsupportedFeature
+from imagekit.errors import UnsupportedFeature, UsageError
 from imagekit.launch.ovmf import UefiFirmware
 from imagekit.machine import Machine, Medium, NicModel
 
@@ -28,6 +28,10 @@ NIC_DEVICES: dict[NicModel, str] = {
     "virtio": "virtio-net-pci",
     "e1000": "e1000",
 }
+
+NicChoice = Literal["auto", "tulip", "virtio", "e1000"]
+"""The adapter a rehearsal uses, whatever machine.json has; ``auto`` is as above."""
+_CHOSEN: dict[str, NicModel] = {"tulip": "legacy", "virtio": "virtio", "e1000": "e1000"}
 
 # Cloud images have virtio in their initial RAM disk, and need not have AHCI: Debian's cloud kernel lacks it. Windows
 # has AHCI, and virtio only where somebody put it.
@@ -79,6 +83,21 @@ def qemu_args(
         # No option ROM: it would offer a network boot that nobody asked for.
         command += ["-device", f"{NIC_DEVICES[nic.model]},netdev=net{index},mac={nic.mac},romfile="]
     return command
+
+
+def with_adapters(machine: Machine, nic: NicChoice) -> Machine:
+    """The machine with every network adapter replaced by the one asked for.
+
+    Raises UnsupportedFeature for tulip in generation 2: Hyper-V has its legacy adapter in generation 1 only.
+    """
+    if nic not in get_args(NicChoice):
+        raise UsageError(f"network adapter {nic!r}", hint=f"choose {', '.join(get_args(NicChoice))}")
+    if nic == "auto":
+        return machine
+    if nic == "tulip" and machine.generation == 2:
+        raise UnsupportedFeature("generation 2 has no legacy network adapter", hint="use --nic virtio or e1000")
+    adapters = tuple(one.model_copy(update={"model": _CHOSEN[nic]}) for one in machine.nics)
+    return machine.model_copy(update={"nics": adapters})
 
 
 def check_supported(machine: Machine) -> None:

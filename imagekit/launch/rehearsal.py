@@ -30,7 +30,15 @@ from typing import Literal
 from imagekit.errors import Cancelled, TargetError, ToolError, UsageError
 from imagekit.launch.evidence import DEFAULT_MARKER, Reader
 from imagekit.launch.ovmf import UefiFirmware, find_firmware
-from imagekit.launch.qemu_command import BLOCK_DRIVERS, Accelerator, check_supported, qemu_args, stand_ins
+from imagekit.launch.qemu_command import (
+    BLOCK_DRIVERS,
+    Accelerator,
+    NicChoice,
+    check_supported,
+    qemu_args,
+    stand_ins,
+    with_adapters,
+)
 from imagekit.launch.qemu_process import (
     Qemu,
     QemuDied,
@@ -62,6 +70,7 @@ def rehearse(
     marker: str | None = None,
     allow_network: bool = False,
     accelerator: Literal["auto", "kvm", "tcg"] = "auto",
+    nic: NicChoice = "auto",
     out: str | os.PathLike[str] | None = None,
     on_event: Callable[[Evidence], None] | None = None,
     cancel: threading.Event | None = None,
@@ -70,7 +79,8 @@ def rehearse(
 
     ``timeout`` is in seconds, and counts anew when the run is restarted without KVM. ``marker`` is a text
     that the guest prints when all is well; given one, nothing less counts as booted. ``allow_network`` lets
-    the guest reach the network of this computer. ``out`` is an existing folder for the console log and the
+    the guest reach the network of this computer. ``nic`` is the adapter to rehearse with.
+    ``out`` is an existing folder for the console log and the
     screenshot (default: the bundle). ``on_event`` is called from another thread with each piece of evidence
     as it is found.
 
@@ -86,7 +96,7 @@ def rehearse(
     folder = Path(bundle).resolve()
     if folder.name == FILE_NAME:
         folder = folder.parent
-    machine = Machine.load(folder)
+    machine = with_adapters(Machine.load(folder), nic)
     check_supported(machine)
     machine.check_media(folder)
     keep = Path(out).resolve() if out is not None else folder
