@@ -53,8 +53,8 @@ def info(
     """Show format, sizes, features and safety findings.
 
     Reads headers only unless --deep, and works on images that convert refuses. With --follow-references also looks
-    for the files that the image names, and judges them. With --hyperv reads the guest's boot loaders, kernel modules, cloud-init
-    and fstab, without mounting anything; what it cannot read it calls unknown.
+    for the files that the image names, and judges them. With --hyperv reads the guest's boot loaders, kernel modules,
+    cloud-init and fstab, without mounting anything; what it cannot read it calls unknown.
     """
     if hyperv and confined:
         raise UsageError("--hyperv reads the guest's files in this process", hint="leave out --confined")
