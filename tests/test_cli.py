@@ -165,7 +165,6 @@ BAD_INPUT = {
     "a rule that cannot be allowed": (["convert", "disk.raw", "x.vhd", "--allow", "ambiguous"], 2, "UsageError"),
     "no such option": (["convert", "disk.raw", "x.vhd", "--frobnicate"], 2, "UsageError"),
     "no such command": (["convrt", "disk.raw"], 2, "UsageError"),
-    "an option to come": (["info", "disk.raw", "--hyperv"], 12, "UnsupportedFeature"),
     "a disk beyond the caller's limit": (
         ["convert", "disk.raw", "x.vhd", "--limit-virtual-size", "1M"],
         13,
