@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, TypeAlias
 
-from imagekit.errors import CorruptImage, UnsupportedFeature
+from imagekit.errors import CorruptImage, UnsupportedFeature, UsageError
 
 KiB = 1 << 10
 MiB = 1 << 20
@@ -260,6 +260,14 @@ class DiskImage(Protocol):
         self.pread_into(offset, memoryview(data))
         return bytes(data)
 
+    def pieces(self, offset: int, buffer: memoryview) -> Iterator[Buffer]:
+        """The guest's bytes from ``offset``, as many as ``buffer`` has, in order and in pieces.
+
+        For whoever writes them at once: what a decoder made is handed out as it is, what is read lies in ``buffer``.
+        """
+        self.pread_into(offset, buffer)
+        yield buffer
+
     def first_data(self, start: int) -> int | None:
         """Guest offset of the first byte from ``start`` on that is not zero, None when there is none."""
         for extent in self.extents(start):
@@ -304,6 +312,10 @@ class OpenOptions:
 
     size_from: Literal["current", "chs"] | None = None
     """Which of a VHD's sizes counts; None: the one its creator means."""
+
+    def __post_init__(self) -> None:
+        if self.size_from not in (None, "current", "chs"):
+            raise UsageError(f"size from {self.size_from!r}", hint="choose one of: current, chs")
 
 
 AS_IS = OpenOptions()

@@ -1,8 +1,8 @@
 """Files: positional reads and writes on local files and on memory. Everything OS-specific is here.
 
 POSIX: ``pread``/``pwritev``, ``SEEK_DATA``, ``copy_file_range``, the byte locks that QEMU takes. Windows: the same
-methods behind a lock, sharing modes instead of locks. *The Windows branches are type-checked but were not run on
-Windows.*
+methods behind a lock, sharing modes instead of locks, FSCTLs (files_windows.py). *The Windows branches are
+type-checked but were not run on Windows.*
 
 What this file does not do: decide. It says that QEMU holds a file for writing; the policy says that it matters.
 """
@@ -30,6 +30,12 @@ QEMU_HELD = 100
 QEMU_DENIED = 200
 QEMU_CONSISTENT_READ, QEMU_WRITE, QEMU_RESIZE = 0, 1, 3
 
+SMALL_READ = 1 << 20
+"""A pread asked for more than this looks at the file's length first: the room for it is taken at once."""
+
+MAX_OFFSET = 1 << 62
+"""No file is longer, and the system's own numbers end soon after."""
+
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -53,6 +59,8 @@ if sys.platform == "win32":
     import msvcrt
     import threading
 
+    from imagekit.formats import files_windows
+
     _POSITION = threading.Lock()
 
     def _pread_into(fd: int, offset: int, buffer: memoryview) -> int:
@@ -62,6 +70,11 @@ if sys.platform == "win32":
             data = os.read(fd, len(buffer))
         buffer[: len(data)] = data
         return len(data)
+
+    def _pread(fd: int, offset: int, length: int) -> bytes:
+        with _POSITION:
+            os.lseek(fd, offset, os.SEEK_SET)
+            return os.read(fd, length)
 
     def _pwrite(fd: int, offset: int, buffers: list[memoryview]) -> int:
         with _POSITION:
@@ -94,12 +107,14 @@ if sys.platform == "win32":
         return True
 
     def kernel_copy(source: File, offset: int, target: File, target_offset: int, length: int) -> int:
-        """Let the kernel copy; 0 means that it cannot (here: not used yet)."""
-        return 0
+        """Let the kernel share clusters (ReFS); returns how many bytes it did, 0 when it cannot."""
+        from_fd, to_fd = source.fileno(), target.fileno()
+        if from_fd is None or to_fd is None:
+            return 0
+        return files_windows.clone(from_fd, offset, to_fd, target_offset, length)
 
     def _data_ranges(fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
-        if offset < end:
-            yield offset, end - offset
+        return files_windows.data_ranges(fd, offset, end)
 
     def _allocated(info: os.stat_result) -> int:
         return info.st_size
@@ -109,6 +124,9 @@ else:
 
     def _pread_into(fd: int, offset: int, buffer: memoryview) -> int:
         return os.preadv(fd, [buffer], offset)
+
+    def _pread(fd: int, offset: int, length: int) -> bytes:
+        return os.pread(fd, length, offset)
 
     def _pwrite(fd: int, offset: int, buffers: list[memoryview]) -> int:
         return os.pwritev(fd, buffers[:MAX_IOV], offset)
@@ -292,19 +310,34 @@ class LocalFile:
         return done
 
     def pread(self, offset: int, length: int) -> bytes:
-        data = bytearray(max(0, min(length, self.size - offset)))
-        count = self.pread_into(offset, memoryview(data))
-        return bytes(memoryview(data)[:count])
+        # Not through pread_into: a new buffer would be filled with zeros first, and copied afterwards.
+        if length > SMALL_READ or offset > MAX_OFFSET:
+            length = min(length, self.size - offset)
+        parts = []
+        while length > 0:
+            try:
+                part = _pread(self._fd, offset, length)
+            except OSError as error:
+                raise SourceError(f"cannot be read: {error.strerror}", path=self.name, offset=offset) from error
+            if not part:
+                break
+            parts.append(part)
+            offset, length = offset + len(part), length - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def pwrite(self, offset: int, *buffers: Buffer) -> None:
         views = _views(buffers)
-        while views:
+        left = sum(map(len, views))
+        while left:
             try:
                 count = _pwrite(self._fd, offset, views)
             except OSError as error:
                 raise self._cannot_write(error, offset) from error
+            left -= count
+            if not left:
+                return
             offset += count
-            while views and count >= len(views[0]):
+            while count >= len(views[0]):
                 count -= len(views.pop(0))
             if count:
                 views[0] = views[0][count:]

@@ -30,6 +30,7 @@ from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import (
     AS_IS,
     JSON,
+    Buffer,
     Change,
     DiskFormat,
     DiskImage,
@@ -38,6 +39,7 @@ from imagekit.formats.base import (
     File,
     ImageInfo,
     ImageWriter,
+    KiB,
     MiB,
     OpenOptions,
     Problem,
@@ -50,7 +52,7 @@ from imagekit.formats.base import (
     read_exactly,
 )
 from imagekit.formats.chain import Below
-from imagekit.formats.decoders import Decoder, inflate_raw, unzstd
+from imagekit.formats.decoders import Decoder, raw_inflater, unzstd
 from imagekit.formats.qcow2_header import (
     CORRUPT,
     DIRTY,
@@ -81,8 +83,11 @@ if TYPE_CHECKING:
     Table = NDArray[np.uint64]
 
 CACHE_BYTES = 16 * MiB
-SPAN_BYTES = 4 * MiB
-"""Compressed neighbours are read by one pread up to this much."""
+SPAN_BYTES = 256 * KiB
+"""Compressed neighbours are read by one pread up to this much: what a core's cache holds until it is decoded."""
+
+PIECE_BYTES = 256 * KiB
+"""Plain clusters are handed out in pieces of this size, and for the same reason."""
 LISTED_SNAPSHOTS = 1000
 LISTED_NAME = 256
 """Characters of a snapshot's name that are reported."""
@@ -118,7 +123,7 @@ class Qcow2Image(DiskImage):
         self._l1: Table | None = None
         self._cache: OrderedDict[int, L2] = OrderedDict()
         self._unit = cluster // SUBCLUSTERS if self.header.extended_l2 else cluster
-        self._decode: Decoder = unzstd if self.header.compression_type == 1 else inflate_raw
+        self._decode: Decoder = unzstd if self.header.compression_type == 1 else raw_inflater()
         # The table as stored and the two decoded arrays (an item a subcluster with extended L2).
         per_table = cluster + 9 * self.header.l2_entries * (cluster // self._unit)
         self._cached_tables = max(4, CACHE_BYTES // per_table)
@@ -350,11 +355,29 @@ class Qcow2Image(DiskImage):
             if run.kind == PLAIN:
                 self._read_plain(run, part)
             elif run.kind == COMPRESSED:
-                self._read_compressed(run, part)
+                at = 0
+                for out in self._decoded(run):
+                    part[at : at + len(out)] = out
+                    at += len(out)
             elif run.kind == UNALLOCATED:
                 self._below.pread_into(run.start, part)
             else:
                 part[:] = bytes(len(part))
+
+    def pieces(self, offset: int, buffer: memoryview) -> Iterator[Buffer]:
+        for run in self._runs(offset, offset + len(buffer)):
+            if run.kind == COMPRESSED:
+                yield from self._decoded(run)
+                continue
+            for at in range(run.start, run.start + run.length, PIECE_BYTES):
+                part = buffer[at - offset : min(at + PIECE_BYTES, run.start + run.length) - offset]
+                if run.kind == PLAIN:
+                    self._read_plain(_Run(at, len(part), PLAIN, run.offset + at - run.start), part)
+                elif run.kind == UNALLOCATED:
+                    self._below.pread_into(at, part)
+                else:
+                    part[:] = bytes(len(part))
+                yield part
 
     def _check_end(self, run: _Run, end: int) -> None:
         if run.offset + run.length > end:
@@ -391,26 +414,25 @@ class Qcow2Image(DiskImage):
         lengths = (sectors + np.uint64(1)) * np.uint64(512) - (offsets & np.uint64(511))
         return offsets.astype(np.int64), lengths.astype(np.int64)
 
-    def _read_compressed(self, run: _Run, part: memoryview) -> None:
-        cluster = self.header.cluster_size
-        skip = run.start % cluster  # the range may begin inside the first cluster
+    def _decoded(self, run: _Run) -> Iterator[Buffer]:
+        """The bytes of a compressed run, a cluster or what the run has of it at a time."""
+        cluster, decode = self.header.cluster_size, self._decode
+        skip, left = run.start % cluster, run.length  # the range may begin inside the first cluster
         offsets, lengths = self.compressed_spans(run.entries)
-        spans = list(zip(offsets.tolist(), lengths.tolist(), strict=True))
-        at = 0
-        for group, blob, base in self._grouped(spans):
+        for group, blob, base in self._grouped(list(zip(offsets.tolist(), lengths.tolist(), strict=True))):
             for offset, length in group:
-                source = blob[offset - base : offset - base + length]
                 try:
-                    out = self._decode(source, cluster)
+                    out = decode(blob[offset - base : offset - base + length], cluster)
                 except CorruptImage as error:
+                    at = (run.start + run.length - left) // cluster * cluster
                     raise CorruptImage(
-                        f"guest bytes from {run.start - run.start % cluster + at:#x}: {error.message}",
-                        path=self.file.name,
-                        offset=offset,
+                        f"guest bytes from {at:#x}: {error.message}", path=self.file.name, offset=offset
                     ) from None
-                lo, hi = max(at, skip), min(at + cluster, skip + run.length)
-                part[lo - skip : hi - skip] = memoryview(out)[lo - at : hi - at]
-                at += cluster
+                if skip or left < cluster:
+                    out = memoryview(out)[skip : skip + left]
+                    skip = 0
+                left -= len(out)
+                yield out
 
     def _grouped(self, spans: list[tuple[int, int]]) -> Iterator[tuple[list[tuple[int, int]], memoryview, int]]:
         """Neighbours in the file, each group with its bytes, read at once, and where these begin."""
@@ -428,8 +450,7 @@ class Qcow2Image(DiskImage):
     def _blob(self, group: list[tuple[int, int]]) -> memoryview:
         # The last stream's sectors may reach behind the file's end: the decoder decides whether that matters.
         base, end = group[0][0], max(offset + length for offset, length in group)
-        blob = memoryview(bytearray(end - base))
-        return blob[: self.file.pread_into(base, blob)]
+        return memoryview(self.file.pread(base, end - base))
 
     def ranges(self) -> Iterator[Range]:
         from imagekit.formats.qcow2_claims import claimed_ranges

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import PurePath
+from itertools import chain
+from pathlib import Path, PurePath
 
 import imagekit.formats
 from imagekit.errors import UnknownFormat, UnsupportedFeature
@@ -61,9 +64,28 @@ def formats() -> dict[str, DiskFormat]:
 
 
 def _third_party() -> list[tuple[str, DiskFormat]]:
+    if not _is_declared(ENTRY_POINTS):
+        return []
     from importlib.metadata import entry_points
 
     return [(point.name, point.load()) for point in entry_points(group=ENTRY_POINTS)]
+
+
+def _is_declared(group: str) -> bool:
+    """Whether an installed distribution may have entry points of that group.
+
+    Loading importlib.metadata takes as long as the rest of ``imagekit info``, and hardly ever is there anything to
+    find. A file on the path is not looked into: then the answer is yes.
+    """
+    header = f"[{group}]".encode()
+    for place in map(Path, sys.path):
+        if place.is_file():
+            return True
+        for declared in chain(place.glob("*.dist-info/entry_points.txt"), place.glob("*.egg-info/entry_points.txt")):
+            with suppress(OSError):
+                if header in declared.read_bytes():
+                    return True
+    return False
 
 
 def is_known(name: str) -> bool:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from imagekit.errors import CorruptImage, InvalidImage
 from imagekit.formats.base import (
     SECTOR,
+    Buffer,
     DiskImage,
     Extent,
     Fact,
     File,
     ImageInfo,
+    KiB,
     MiB,
     Range,
     clip,
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SPAN_BYTES = 4 * MiB
+SPAN_BYTES = 256 * KiB
 """Compressed neighbours are read by one pread up to this much."""
 
 COMPARE_BYTES = 32 * MiB
@@ -112,13 +114,30 @@ class SparseImage(DiskImage):
             if run.kind == PLAIN:
                 read_flat(self.file, run.offset, part)
             elif run.kind == COMPRESSED:
-                self._read_compressed(run, part)
+                at = 0
+                for out in self._decoded(run):
+                    part[at : at + len(out)] = out
+                    at += len(out)
             else:
                 part[:] = bytes(len(part))
 
-    def _read_compressed(self, run: Run, part: memoryview) -> None:
-        grain, done = self.layout.grain, 0
-        index, inside = divmod(run.start, grain)
+    def pieces(self, offset: int, buffer: memoryview) -> Iterator[Buffer]:
+        check_readable(self.header, self.descriptor, self.file.name)
+        for run in self.tables.runs(offset, offset + len(buffer)):
+            if run.kind == COMPRESSED:
+                yield from self._decoded(run)
+                continue
+            part = buffer[run.start - offset : run.start - offset + run.length]
+            if run.kind == PLAIN:
+                read_flat(self.file, run.offset, part)
+            else:
+                part[:] = bytes(len(part))
+            yield part
+
+    def _decoded(self, run: Run) -> Iterator[Buffer]:
+        """The bytes of a compressed run, a grain or what the run has of it at a time."""
+        left = run.length
+        index, inside = divmod(run.start, self.layout.grain)
         for group, blob in self._grouped(run.offsets):
             for offset in group:
                 try:
@@ -127,9 +146,9 @@ class SparseImage(DiskImage):
                     raise CorruptImage(
                         f"grain {index}: {error.message}", hint=error.hint, path=self.file.name, offset=offset
                     ) from None
-                piece = memoryview(out)[inside : inside + len(part) - done]
-                part[done : done + len(piece)] = piece
-                done, index, inside = done + len(piece), index + 1, 0
+                piece = out[inside : inside + left]
+                left, index, inside = left - len(piece), index + 1, 0
+                yield piece
 
     def _grouped(self, offsets: NDArray[np.int64]) -> Iterator[tuple[list[int], memoryview]]:
         """Neighbours in the file, each group with its bytes, read at once."""
@@ -145,8 +164,7 @@ class SparseImage(DiskImage):
 
     def _blob(self, group: list[int], reach: int) -> memoryview:
         length = min(group[-1] + reach, self.file.size) - group[0]
-        blob = memoryview(bytearray(max(0, length)))
-        return blob[: self.file.pread_into(group[0], blob)]
+        return memoryview(self.file.pread(group[0], length))
 
     def _inflate(self, data: memoryview, index: int) -> memoryview:
         """The grain of that number, as far as the disk has it, from the bytes that begin with its marker."""

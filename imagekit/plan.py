@@ -85,8 +85,6 @@ class ConvertOptions:
             raise UsageError(f"size {self.size}, at least one sector is needed")
         if self.align is not None and (self.align < SECTOR or self.align & (self.align - 1)):
             raise UsageError(f"align {self.align}, a power of two from 512 on is needed")
-        if self.size_from not in (None, "current", "chs"):
-            raise UsageError(f"size from {self.size_from!r}", hint="choose one of: current, chs")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 import sys
 from collections.abc import Iterator
@@ -250,7 +249,7 @@ def write_file(
 
 
 def _part_name(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}{PART}")
+    return target.with_name(f".{target.name}.{os.urandom(4).hex()}{PART}")
 
 
 def remove_stale_parts(target: Path) -> None:

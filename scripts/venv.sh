@@ -64,4 +64,6 @@ echo "Installing the pinned dependencies (requirements/dev.txt) and imagekit its
 pip=("$dir/bin/python" -m pip install -qq --disable-pip-version-check)
 "${pip[@]}" -r requirements/dev.txt
 "${pip[@]}" --no-deps --no-build-isolation -e .
+# As pip does for what is not editable: every start would compile the modules anew where byte code is not written.
+"$dir/bin/python" -m compileall -q imagekit formats cloudinit
 state >"$stamp"

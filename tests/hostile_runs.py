@@ -112,15 +112,16 @@ def watched() -> Iterator[list[Opened]]:
 @functools.cache
 def _built() -> Any:
     """The command line's parser, which is most of the time that a short command takes."""
-    return typer.main.get_command(app.app)
+    return typer.main.get_command(app.application())
 
 
 def run(*arguments: str | Path) -> Ran:
     """One command line."""
+    built = _built()
     out, err, before = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGTERM, before)
-        stack.enter_context(mock.patch.object(app, "app", _built()))
+        stack.enter_context(mock.patch.object(app, "application", lambda _: built))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         opened = stack.enter_context(watched())

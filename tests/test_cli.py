@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -285,13 +286,43 @@ def test_what_is_planned_is_not_there_yet() -> None:
     """Otherwise the table would hide a working option behind exit 12."""
     import typer
 
-    from imagekit.cli.app import app
+    from imagekit.cli.app import application
 
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(application()).commands  # type: ignore[attr-defined]
     assert not planned.COMMANDS & set(commands)
     for name, options in planned.OPTIONS.items():
         there = {option for parameter in commands[name].params for option in parameter.opts}
         assert not options & there
+
+
+def test_the_table_of_commands_is_what_the_modules_register() -> None:
+    """A command that is missing there would be missing from the command line."""
+    from importlib import import_module
+
+    import imagekit.cli
+    from imagekit.cli.app import COMMANDS, GROUPS, command_name
+
+    modules = [one.name for one in pkgutil.iter_modules(imagekit.cli.__path__) if one.name not in ("app", "options")]
+    with_commands = {one for one in modules if hasattr(import_module(f"imagekit.cli.{one}"), "app")}
+    assert with_commands == {*COMMANDS, *GROUPS}
+    for module, names in COMMANDS.items():
+        registered = import_module(f"imagekit.cli.{module}").app.registered_commands
+        assert [command_name(one) for one in registered] == list(names)
+
+
+def test_one_command_is_made_without_the_others() -> None:
+    from imagekit.cli.app import application, command_name
+
+    assert [command_name(one) for one in application("info").registered_commands] == ["info", "completion"]
+    assert len(application("no-such-command").registered_commands) == len(application().registered_commands) > 10
+
+
+def test_info_loads_no_other_command(disk: Path) -> None:
+    code = "import sys; sys.argv[1:] = ['info', 'disk.raw']\nfrom imagekit.cli import main\n"
+    code += "heavy = ['imagekit.cli.guests', 'importlib.metadata', 'hashlib', 'rich']\n"
+    code += "try: main()\nexcept SystemExit: print([m for m in heavy if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=disk.parent)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(

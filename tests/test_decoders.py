@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from imagekit.errors import CorruptImage
 from imagekit.formats.base import Buffer
-from imagekit.formats.decoders import Decoder, inflate_raw, inflate_raw_zlib, unzstd
+from imagekit.formats.decoders import Decoder, inflate_raw_zlib, raw_inflater, unzstd
 from tests.disks import noise, text
 
 if sys.version_info >= (3, 14):
@@ -37,12 +37,36 @@ def zstd_frame(data: bytes) -> bytes:
 
 
 Encoder = Callable[[bytes], bytes]
+
+
+def without(*modules: str) -> Decoder:
+    """The inflater that is chosen where these modules are not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            patch.setitem(sys.modules, module, None)
+        return raw_inflater.__wrapped__()
+
+
+by_libdeflate, by_isal, by_zlib = without(), without("deflate"), without("deflate", "isal")
+INFLATERS = (by_libdeflate, by_isal, by_zlib)
 CODECS = [
-    pytest.param(inflate_raw, deflate, id="deflate"),
-    pytest.param(inflate_raw_zlib, deflate, id="deflate, exact"),
+    pytest.param(by_libdeflate, deflate, id="libdeflate"),
+    pytest.param(by_isal, deflate, id="isal"),
+    pytest.param(by_zlib, deflate, id="zlib"),
     pytest.param(unzstd, zstd_frame, id="zstd"),
 ]
 each_decoder = pytest.mark.parametrize(("decode", "encode"), CODECS)
+
+
+def test_the_fastest_inflater_that_is_installed_is_chosen_once() -> None:
+    """libdeflate, else ISA-L, else zlib; all three are installed for the tests."""
+    assert [decode.__name__ for decode in INFLATERS] == [
+        "inflate_raw_libdeflate",
+        "inflate_raw_isal",
+        "inflate_raw_zlib",
+    ]
+    assert by_zlib is inflate_raw_zlib
+    assert raw_inflater() is raw_inflater()
 
 
 @each_decoder
@@ -92,7 +116,7 @@ def test_a_deflate_stream_that_lacks_only_its_end_is_taken() -> None:
     data = noise(UNIT)
     packer = zlib.compressobj(6, zlib.DEFLATED, -12)
     endless = packer.compress(data) + packer.flush(zlib.Z_SYNC_FLUSH)
-    for decode in (inflate_raw, inflate_raw_zlib):
+    for decode in INFLATERS:
         assert decode(endless, UNIT) == data
 
 
@@ -122,14 +146,14 @@ def test_a_flipped_bit_never_changes_the_length(decode: Decoder, encode: Encoder
 
 
 @given(st.binary(max_size=200), st.integers(1, 600))
-def test_the_fast_and_the_exact_inflater_agree_on_any_bytes(stream: bytes, length: int) -> None:
+def test_all_inflaters_agree_on_any_bytes(stream: bytes, length: int) -> None:
     def outcome(decode: Decoder) -> bytes | None:
         try:
             return bytes(decode(stream, length))
         except CorruptImage:
             return None
 
-    assert outcome(inflate_raw) == outcome(inflate_raw_zlib)
+    assert len({outcome(decode) for decode in INFLATERS}) == 1
 
 
 @each_decoder

@@ -235,18 +235,46 @@ def test_a_source_that_cannot_be_read_on_is_a_source_error_with_the_offset(
         pytest.skip("POSIX")
     path = tmp_path / "image"
     path.write_bytes(noise(8192))
-    real = os.preadv
+    real, real_into = os.pread, os.preadv
 
-    def failing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+    def failing(descriptor: int, length: int, offset: int) -> bytes:
         if offset >= 4096:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(descriptor, [buffers[0][:4096]], offset)
+        return real(descriptor, min(length, 4096), offset)
+
+    def failing_into(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if offset >= 4096:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real_into(descriptor, [buffers[0][:4096]], offset)
 
     with LocalFile.open_source(path) as file:
-        monkeypatch.setattr(os, "preadv", failing)
-        with pytest.raises(SourceError, match="cannot be read: Input/output error") as caught:
-            file.pread(0, 8192)
-    assert caught.value.offset == 4096
+        monkeypatch.setattr(os, "pread", failing)
+        monkeypatch.setattr(os, "preadv", failing_into)
+        for read in (lambda: file.pread(0, 8192), lambda: file.pread_into(0, memoryview(bytearray(8192)))):
+            with pytest.raises(SourceError, match="cannot be read: Input/output error") as caught:
+                read()
+            assert caught.value.offset == 4096
+
+
+@posix_only
+def test_a_read_that_the_system_answers_in_parts_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if sys.platform == "win32":
+        pytest.skip("POSIX")
+    path = tmp_path / "image"
+    path.write_bytes(noise(8192))
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, length, offset: real(fd, min(length, 1000), offset))
+    with LocalFile.open_source(path) as file:
+        assert file.pread(100, 8192) == noise(8192)[100:]
+
+
+def test_a_read_of_any_length_takes_no_more_memory_than_the_file_has(tmp_path: Path) -> None:
+    """Lengths and offsets come from images."""
+    path = tmp_path / "image"
+    path.write_bytes(noise(1000))
+    with LocalFile.open_source(path) as file:
+        assert file.pread(10, 1 << 60) == noise(1000)[10:]
+        assert file.pread(1 << 63, 512) == file.pread((1 << 62) - 1, 1 << 62) == file.pread(0, -1) == b""
 
 
 @posix_only

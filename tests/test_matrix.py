@@ -30,7 +30,7 @@ def disk_contents(draw: st.DrawFn) -> bytes:
     return bytes(out)
 
 
-PLAIN = noise(70 * KiB, 1) + bytes(2 * MiB) + text(200 * KiB, 2) + bytes(130 * KiB) + noise(512, 3) + bytes(512)
+PLAIN = noise(70 * KiB, 1) + bytes(2 * MiB) + text(600 * KiB, 2) + bytes(130 * KiB) + noise(512, 3) + bytes(512)
 """One disk with all that matters: data and zeros within a block, blocks of zeros, an end inside a sector of 4096."""
 
 
@@ -87,6 +87,16 @@ def assert_holds_on_parent(made: Made, target: str, expected: bytes) -> RawImage
     child = registry.find(CHILDREN[target][0]).open(file, resolver=lambda _: parent)
     assert md5(content(child)) == md5(whole(expected, child))
     return parent
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_pieces_together_are_what_a_read_gives(source: str) -> None:
+    """Wherever the range begins and ends, and however the image hands it out."""
+    image = plain(source).open()
+    buffer = memoryview(bytearray(len(PLAIN)))
+    for start, end in [(0, len(PLAIN)), (512, 512 * 9), (70 * KiB - 512, 2 * MiB), (len(PLAIN) - 2048, len(PLAIN))]:
+        pieces = b"".join(bytes(piece) for piece in image.pieces(start, buffer[: end - start]))
+        assert md5(pieces) == md5(PLAIN[start:end])
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -292,3 +292,24 @@ def test_the_content_of_what_was_chosen_is_what_the_format_says() -> None:
     file = MemoryFile(vhd_images.fixed(disk))
     assert content(choose(file, probe(file)).open(file)) == disk
     assert content(choose(file, probe(file), "raw").open(file)) == bytes(file.data)
+
+
+@pytest.mark.parametrize("kind", ["dist-info", "egg-info"])
+def test_a_distribution_that_declares_a_format_is_noticed(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """importlib.metadata is loaded only then."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(tmp_path / "missing")])
+    assert not registry._is_declared("imagekit.formats")
+    folder = tmp_path / f"toy-1.0.{kind}"
+    folder.mkdir()
+    (folder / "entry_points.txt").write_text("[console_scripts]\ntoy = toy:main\n")
+    assert not registry._is_declared("imagekit.formats")
+    (folder / "entry_points.txt").write_text("[imagekit.formats]\ntoy = toy:FORMAT\n")
+    assert registry._is_declared("imagekit.formats")
+
+
+def test_a_file_on_the_path_may_declare_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "packages.zip").write_bytes(b"PK")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "packages.zip")])
+    assert registry._is_declared("imagekit.formats")

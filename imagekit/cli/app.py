@@ -6,13 +6,14 @@ import os
 import signal
 import sys
 import traceback
+from importlib import import_module
 from types import FrameType
 from typing import Any
 
 import typer
 
 import imagekit
-from imagekit.cli import batch, cache, disks, guests, hyperv, images, planned
+from imagekit.cli import planned
 from imagekit.cli.ui import show_error
 from imagekit.errors import EXIT_CODES, ImagekitError, UnsupportedFeature, UsageError
 
@@ -26,31 +27,24 @@ ParserError: Any = typer.BadParameter.__mro__[2]
 _EXIT_CODES = "\n".join(f"{code:>4}  {meaning}" for code, meaning in EXIT_CODES)
 EPILOG = "Exit codes:\n\n\b\n" + _EXIT_CODES
 
-app = typer.Typer(
-    name="imagekit",
-    help="Any cloud image to a running Hyper-V guest: convert, add guest metadata, rehearse the boot.",
-    epilog=EPILOG,
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.add_typer(images.app)
-app.add_typer(disks.app)
-app.add_typer(guests.app)
-app.add_typer(hyperv.app, name="hyperv")
-app.add_typer(cache.app)
-app.add_typer(batch.app)
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "images": ("info", "map", "check", "compare", "measure", "convert"),
+    "disks": ("create", "resize", "merge", "rebase"),
+    "guests": ("configdrive", "prepare", "boot", "demo"),
+    "batch": ("batch",),
+}
+"""Module of imagekit.cli → its commands, in the order of the help."""
+
+GROUPS = {"hyperv": "app", "cache": "group"}
+"""Module whose commands follow the module's name → what they are in, there."""
 
 
-@app.callback()
 def _root(version: bool = typer.Option(False, "--version", "-V", help="Print the version.")) -> None:
     if version:
         print(f"imagekit {imagekit.__version__}")
         raise typer.Exit
 
 
-@app.command()
 def completion(shell: str = typer.Argument(metavar="SHELL", help="bash, zsh, fish or powershell.")) -> None:
     """Print a shell's completion script.
 
@@ -62,6 +56,36 @@ def completion(shell: str = typer.Argument(metavar="SHELL", help="bash, zsh, fis
     if shell not in known:
         raise UsageError(f"no completion for {shell!r}", hint=f"shells: {', '.join(known)}")
     print(get_completion_script(prog_name="imagekit", complete_var=COMPLETE_VARIABLE, shell=shell))
+
+
+def application(wanted: str = "") -> typer.Typer:
+    """All commands; or just the one wanted, where there is one of that name: what is not made costs no time."""
+    made = typer.Typer(
+        name="imagekit",
+        help="Any cloud image to a running Hyper-V guest: convert, add guest metadata, rehearse the boot.",
+        epilog=EPILOG,
+        add_completion=False,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    made.callback()(_root)
+    every = not (wanted in GROUPS or any(wanted in names for names in COMMANDS.values()))
+    for module, names in COMMANDS.items():
+        if every or wanted in names:
+            part: typer.Typer = import_module(f"imagekit.cli.{module}").app
+            chosen = [one for one in part.registered_commands if every or command_name(one) == wanted]
+            made.registered_commands.extend(chosen)
+    for group, attribute in GROUPS.items():
+        if every or wanted == group:
+            made.add_typer(getattr(import_module(f"imagekit.cli.{group}"), attribute), name=group)
+    made.command()(completion)
+    return made
+
+
+def command_name(command: Any) -> str:
+    """What a user types for a command that typer has registered."""
+    return str(command.name or command.callback.__name__.replace("_", "-"))
 
 
 class _Terminated(BaseException):
@@ -81,7 +105,8 @@ def run(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     as_json = _wants_json(arguments)
     try:
-        code = app(args=arguments, prog_name="imagekit", standalone_mode=False)
+        wanted = arguments[0] if arguments and COMPLETE_VARIABLE not in os.environ else ""
+        code = application(wanted)(args=arguments, prog_name="imagekit", standalone_mode=False)
         sys.stdout.flush()
         if code == INTERRUPTED:  # typer has caught Ctrl-C itself
             raise KeyboardInterrupt
@@ -137,6 +162,6 @@ def _explain(error: Any, arguments: list[str]) -> ImagekitError:
         return UnsupportedFeature(f"{command} {option} is not supported yet", hint="see the CHANGELOG for what is")
     if command in planned.COMMANDS:
         return UnsupportedFeature(f"the command {command} is not supported yet", hint="see the CHANGELOG for what is")
-    commands: Any = typer.main.get_command(app)
+    commands: Any = typer.main.get_command(application())
     hint = f"imagekit {command} --help" if command in commands.commands else "imagekit --help"
     return UsageError(error.format_message(), hint=f"see {hint}")
