@@ -83,10 +83,10 @@ if TYPE_CHECKING:
     Table = NDArray[np.uint64]
 
 CACHE_BYTES = 16 * MiB
-SPAN_BYTES = 256 * KiB
+SPAN_BYTES = 128 * KiB
 """Compressed neighbours are read by one pread up to this much: what a core's cache holds until it is decoded."""
 
-PIECE_BYTES = 256 * KiB
+PIECE_BYTES = 128 * KiB
 """Plain clusters are handed out in pieces of this size, and for the same reason."""
 LISTED_SNAPSHOTS = 1000
 LISTED_NAME = 256

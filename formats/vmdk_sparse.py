@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SPAN_BYTES = 256 * KiB
+SPAN_BYTES = 128 * KiB
 """Compressed neighbours are read by one pread up to this much."""
 
 COMPARE_BYTES = 32 * MiB

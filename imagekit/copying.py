@@ -28,7 +28,7 @@ from imagekit.workers import usable_cores
 MAX_KERNEL_PARTS = 16
 """A chunk in more pieces than this is read and written in one go instead of piece by piece."""
 
-BURST = 256 * KiB
+BURST = 128 * KiB
 """What is decoded is written when it is this much: still in the core's own cache, which 2 MiB would not be."""
 
 Result = TypeVar("Result")

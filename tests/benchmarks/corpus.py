@@ -128,7 +128,7 @@ def _noise(part: Path, data: int, disk: int) -> None:
 def _zeros(part: Path, data: int, disk: int) -> None:
     """Zeros that are there, not a hole."""
     with part.open("wb") as file:
-        for _ in range(data // PIECE):
+        for _ in range(2 * data // PIECE):
             file.write(bytes(PIECE))
 
 

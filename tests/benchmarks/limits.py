@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 PIECE = 2 << 20
-READ_PIECE = 256 << 10
+READ_PIECE = 128 << 10
 
 
 def _clusters(path: str) -> tuple[int, list[tuple[int, int]], int]:
