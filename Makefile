@@ -4,19 +4,19 @@
 VENV   ?= .venv
 PYTHON ?=
 MARKS  ?= not slow
-# Processes that share the tests; `make test-all` measures coverage, in one.
+# Processes that share the tests; `make coverage` measures in one.
 JOBS   ?= 2
 # Seconds of `make fuzz`.
 TIME   ?= 600
 
 bin    := $(VENV)/bin
-# `make test-all` replaces it by "coverage run".
+# `make coverage` replaces it by "coverage run".
 python := $(bin)/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: venv tools-demo tools-test tools-all tools-bench erase-coverage ruff mypy mypy-win32 imports
-.PHONY: help demo test test-slow test-all test-nova lint fuzz bench lock clean
+.PHONY: help demo test test-slow test-all test-nova coverage lint fuzz bench lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,11 +31,13 @@ test: venv tools-test ## the tests, without the slow ones
 	$(python) -m pytest -ra -n $(JOBS) --dist worksteal -m "$(MARKS)"
 
 test-slow: venv tools-all ## the slow tests only: real guests, large images
-	$(python) -m pytest -ra -m slow
+	$(python) -m pytest -ra -n $(JOBS) --dist worksteal -m slow
 
-test-all: python = $(bin)/coverage run
-test-all: JOBS = 0
-test-all: erase-coverage test test-slow ## all tests, with coverage
+test-all: test test-slow ## all tests
+
+coverage: python = $(bin)/coverage run
+coverage: JOBS = 0
+coverage: erase-coverage test ## the tests without the slow ones, in one process, and what of the code they run
 	$(bin)/coverage combine --quiet
 	$(bin)/coverage report
 

@@ -225,6 +225,7 @@ class ImageCache:
         self, source: Path, path: Path, target: Target, declared: str | None, control: Control, **more: Any
     ) -> dict[str, Any]:
         options = {**target.options(), **more, "source_format": declared, "allow": sorted(self._allow)}
+        options["confined"] = True  # an image is a stranger's
         return self._child.run(
             "convert",
             {"source": os.fspath(source), "target": os.fspath(path), **options},

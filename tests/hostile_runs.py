@@ -190,6 +190,8 @@ def _take(path: Path, rule: str | None, out: Path) -> dict[str, Any]:
 
 def _apart(path: Path, rule: str | None, out: Path) -> Any:
     """The same in a process of its own, as a command is: what one image leaves behind is not the next one's."""
+    if sys.platform == "win32":
+        raise RuntimeError("not there on Windows")
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

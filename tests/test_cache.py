@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -192,7 +191,7 @@ def test_whoever_is_killed_whenever_the_rest_gets_a_whole_image(raw: Path, folde
         processes = [asking(folder, raw) for _ in range(4)]
         time.sleep(chance.uniform(0, 1.2))
         victim = chance.choice(processes)
-        victim.send_signal(signal.SIGKILL)
+        victim.kill()
         for process in processes:
             out, error = process.communicate()
             assert process is victim or (process.returncode == 0 and str(8 * MiB).encode() in out), error

@@ -10,7 +10,6 @@ a million items cost no more than their names.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from imagekit.batch.manifest import Item
 from imagekit.batch.tasks import file_digest, perform, task_of
 from imagekit.child import Child
 from imagekit.errors import Cancelled, ImagekitError, ToolError, UsageError
+from imagekit.formats.files import LocalFile
 from imagekit.progress import Progress
 from imagekit.workers import usable_cores
 
@@ -162,13 +162,11 @@ def _is_proven(row: Row, folder: Path) -> bool:
 
 
 def _size(source: str) -> int:
+    """What it will cost, roughly: bytes on the medium, so that a sparse file is no giant."""
     try:
-        return (
-            Path(source).stat().st_blocks * 512
-            if hasattr(os.stat_result, "st_blocks")
-            else Path(source).stat().st_size
-        )
-    except OSError:
+        with LocalFile.open_source(source) as file:
+            return file.allocated_size
+    except (ImagekitError, OSError):
         return 0
 
 

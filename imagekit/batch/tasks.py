@@ -30,6 +30,8 @@ def task_of(source: str, target: str, options: Mapping[str, Any], folder: Path) 
     """What :func:`perform` needs to know. The paths are absolute: it may be done in another folder."""
     asked = dict(options)
     asked.setdefault("verify", "content")
+    # A stranger's image, but for what a confined process cannot do: it starts no other program.
+    asked.setdefault("confined", asked["verify"] != "qemu-img")
     identifier = asked.pop("id", None) or str(uuid5(NAMESPACE, target))
     return {
         "source": source if "://" in source else str(Path(source).absolute()),

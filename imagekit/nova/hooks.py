@@ -146,6 +146,7 @@ def make_bootable(
                 "overwrite": True,
                 "allow": allow,
                 "verify": "structure",
+                "confined": True,
             },
         )
         Path(part).replace(path)

@@ -119,6 +119,12 @@ def say(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
+def _load() -> float | None:
+    if sys.platform == "win32":
+        return None
+    return os.getloadavg()[0]
+
+
 def machine() -> dict[str, object]:
     """What the figures depend on."""
     model = ""
@@ -132,7 +138,7 @@ def machine() -> dict[str, object]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "qemu-img": qemu.stdout.split("\n")[0].removeprefix("qemu-img version "),
-        "load": os.getloadavg()[0] if sys.platform != "win32" else None,
+        "load": _load(),
     }
 
 

@@ -44,6 +44,8 @@ def _clusters(path: str) -> tuple[int, list[tuple[int, int]], int]:
 
 
 def inflate(path: str) -> float:
+    if sys.platform == "win32":
+        raise RuntimeError("not there on Windows")
     import deflate
 
     cluster, places, _ = _clusters(path)
@@ -52,6 +54,8 @@ def inflate(path: str) -> float:
     edges = [len(places) * part // cores for part in range(cores + 1)]
 
     def work(part: list[tuple[int, int]]) -> None:
+        if sys.platform == "win32":
+            raise RuntimeError("not there on Windows")
         for offset, length in part:
             deflate.deflate_decompress(os.pread(fd, length, offset), cluster)
 
@@ -60,6 +64,8 @@ def inflate(path: str) -> float:
 
 
 def write(path: str, out: str) -> float:
+    if sys.platform == "win32":
+        raise RuntimeError("not there on Windows")
     cluster, places, plain = _clusters(path)
     total = len(places) * cluster + plain
     data = memoryview(os.urandom(PIECE))
@@ -77,6 +83,8 @@ def both(path: str, out: str) -> float:
 
 
 def read(path: str) -> float:
+    if sys.platform == "win32":
+        raise RuntimeError("not there on Windows")
     fd = os.open(path, os.O_RDONLY)
     size = os.fstat(fd).st_size
     buffer = bytearray(READ_PIECE)
