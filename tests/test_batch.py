@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 import imagekit
-from imagekit.batch import journal, manifest, report, runner, tasks
+from imagekit.batch import journal, manifest, report, runner
 from imagekit.batch.manifest import Item
+from imagekit.bundle import file_digest
 from imagekit.errors import InvalidSpec, TargetError, UsageError
 from imagekit.formats.base import GiB, MiB
 from tests.disks import noise
@@ -121,7 +122,7 @@ def execute(images: Path, out: Path, *options: str, **more: Any) -> subprocess.C
 
 
 def targets(out: Path) -> dict[str, str]:
-    return {one.name: tasks.file_digest(one) for one in sorted(out.glob("*.vhdx"))}
+    return {one.name: file_digest(one) for one in sorted(out.glob("*.vhdx"))}
 
 
 def test_some_fail_and_the_rest_is_done(images: Path, tmp_path: Path) -> None:
@@ -255,7 +256,7 @@ def test_the_report_shows_everything_and_loads_nothing(images: Path, tmp_path: P
     assert found["totals"]["done"] == 3
     assert {item["state"] for item in found["items"]} == {"done", "failed"}
     (first,) = [item for item in found["items"] if item["target"] == "0.vhdx"]
-    assert first["digest"] == tasks.file_digest(out / "0.vhdx")
+    assert first["digest"] == file_digest(out / "0.vhdx")
     assert first["maps"]["source"][0] == 100
     assert first["maps"]["target"][-1] == 0
 

@@ -21,7 +21,8 @@ from typing import Any
 
 from imagekit.batch.journal import DONE, FAILED, RUNNING, Journal, Row
 from imagekit.batch.manifest import Item
-from imagekit.batch.tasks import file_digest, perform, task_of
+from imagekit.batch.tasks import perform, task_of
+from imagekit.bundle import file_digest
 from imagekit.child import Child
 from imagekit.errors import Cancelled, ImagekitError, ToolError, UsageError
 from imagekit.formats.files import LocalFile

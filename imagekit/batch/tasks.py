@@ -14,14 +14,12 @@ from typing import Any
 from uuid import UUID, uuid5
 
 from imagekit.errors import Cancelled, ImagekitError
-from imagekit.formats.base import MiB
-from imagekit.progress import Callback
+from imagekit.progress import Callback, Control
 
 NAMESPACE = UUID("b1c1f5ce-54c4-4f0e-8d5e-3c2c3a1f6a11")
 """Disk ids of a batch derive from it and the item, so that a run that was resumed writes the same bytes."""
 CELLS = 160
 """Parts of a disk that its picture shows."""
-ALGORITHM = "sha256"
 
 Task = Mapping[str, Any]
 
@@ -43,6 +41,7 @@ def task_of(source: str, target: str, options: Mapping[str, Any], folder: Path) 
 def perform(task: Task, *, progress: Callback | None = None, cancel: threading.Event | None = None) -> dict[str, Any]:
     """Do it here. ``ok`` with ``report``, ``digest`` and ``maps``; else ``error``."""
     from imagekit import api
+    from imagekit.bundle import file_digest  # brings pydantic along, which few tasks of a child need
 
     started = time.monotonic()
     try:
@@ -50,7 +49,7 @@ def perform(task: Task, *, progress: Callback | None = None, cancel: threading.E
         target.parent.mkdir(parents=True, exist_ok=True)
         report = api.convert(task["source"], target, progress=progress, cancel=cancel, **task["options"])
         converted = time.monotonic()
-        digest = file_digest(target, cancel=cancel)
+        digest = file_digest(target, control=Control(cancel=cancel))
         hashed = time.monotonic()
         maps = {"source": picture(task["source"], task["options"]), "target": picture(str(target), {})}
     except ImagekitError as error:
@@ -74,20 +73,6 @@ def described(error: ImagekitError) -> dict[str, Any]:
         "hint": error.hint,
         "rule": getattr(error, "rule", "") or None,
     }
-
-
-def file_digest(path: Path, *, cancel: threading.Event | None = None) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    import hashlib
-
-    made = hashlib.new(ALGORITHM)
-    buffer = memoryview(bytearray(4 * MiB))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            made.update(buffer[:count])
-            if cancel is not None and cancel.is_set():
-                raise Cancelled("stopped on request")
-    return made.hexdigest()
 
 
 def picture(path: str, options: Mapping[str, Any]) -> list[int]:
