@@ -19,7 +19,7 @@ from uuid import UUID
 
 from imagekit import policy
 from imagekit.changes import apply as apply_changes
-from imagekit.conversion import convert_image, planned, reading, target_format
+from imagekit.conversion import at_hand, convert_image, planned, reading, target_format
 from imagekit.errors import SourceError, UnsupportedFeature, UsageError
 from imagekit.formats import registry
 from imagekit.formats.base import AS_IS, JSON, DiskImage, ImageInfo, Problem
@@ -27,6 +27,7 @@ from imagekit.formats.files import LocalFile
 from imagekit.plan import ConvertOptions
 from imagekit.profiles import apply_profile
 from imagekit.progress import Callback, Control
+from imagekit.remote import file_name, is_fetched
 from imagekit.report import SCHEMA, Report
 from imagekit.sources import Reading, located, open_source
 from imagekit.verify import first_difference
@@ -45,7 +46,11 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
-READING_OPTIONS = ("allow", "follow_references", "parent_map", "ignore_parent_id", "snapshot", "size_from", "limits")
+REMOTE_OPTIONS = ("redirect_hosts", "http_timeout", "checksum")
+READING_OPTIONS = (
+    *("allow", "follow_references", "parent_map", "ignore_parent_id", "snapshot", "size_from", "limits"),
+    *REMOTE_OPTIONS,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +114,17 @@ def info(
         from imagekit import confined as confinement
 
         if confinement.POSSIBLE:
-            seen = confinement.inspect(image, asked, deep=deep, control=Control(cancel=cancel))
+            control = Control(cancel=cancel)
+            with at_hand(image, asked, control=control) as here:
+                seen = confinement.inspect(here.file, asked, deep=deep, control=control)
             return Inspection(
-                seen.name, seen.info, seen.file_size, seen.actual_size, seen.findings, seen.chain, seen.confinement
+                seen.name,
+                seen.info,
+                seen.file_size,
+                seen.actual_size,
+                (*here.findings, *seen.findings),
+                seen.chain,
+                seen.confinement,
             )
     with open_source(image, replace(reading(asked, deep=deep), allow=None)) as source:
         return Inspection(
@@ -136,7 +149,8 @@ def open_image(image: PathLike, *, format: str | None = None, **options: Any) ->
     """The guest's disk in an image file, judged by the safety policy; closing it closes the file.
 
     ``options`` are those fields of :class:`~imagekit.plan.ConvertOptions` that say how to read: ``allow``,
-    ``follow_references``, ``parent_map``, ``ignore_parent_id``, ``snapshot``, ``size_from``, ``limits``.
+    ``follow_references``, ``parent_map``, ``ignore_parent_id``, ``snapshot``, ``size_from``, ``limits``, ``checksum``
+    and, for an address (``http://…``), ``redirect_hosts`` and ``http_timeout``.
     """
     return open_source(image, _reading(format, options)).image
 
@@ -185,7 +199,7 @@ def default_target(source: PathLike, options: ConvertOptions) -> Path:
     """Where a conversion goes that names no target: the working directory."""
     if options.target_format is None:
         raise UsageError("neither a target nor a format is named", hint="name the file to write, or add --for hyperv")
-    return Path(Path(source).name).with_suffix(registry.find(options.target_format).suffixes[0])
+    return Path(file_name(source)).with_suffix(registry.find(options.target_format).suffixes[0])
 
 
 def _options(values: Mapping[str, Any]) -> ConvertOptions:
@@ -195,6 +209,7 @@ def _options(values: Mapping[str, Any]) -> ConvertOptions:
     values = dict(values)
     parent_map = values.get("parent_map", ())
     values["parent_map"] = tuple(parent_map.items() if isinstance(parent_map, Mapping) else parent_map)
+    values["redirect_hosts"] = tuple(values.get("redirect_hosts", ()))
     values["allow"] = policy.check_allowed(values.get("allow", ()))
     if isinstance(values.get("identifier"), str):
         values["identifier"] = UUID(values["identifier"])
@@ -255,12 +270,16 @@ def compare(
 ) -> Comparison:
     """Compare guest content across formats. A longer disk whose tail is zero is the same unless ``strict``.
 
-    ``options`` as in :func:`open_image`; ``snapshot`` and ``size_from`` are about ``one``.
+    ``options`` as in :func:`open_image`; ``snapshot``, ``size_from`` and ``checksum`` are about ``one``.
     """
     asked = _reading(formats[0], options)
     with ExitStack() as stack:
         left = stack.enter_context(open_source(one, asked))
-        right = stack.enter_context(open_source(other, replace(asked, declared=formats[1], view=AS_IS)))
+        right = stack.enter_context(
+            open_source(
+                other, replace(asked, declared=formats[1], view=AS_IS, access=replace(asked.access, checksum=None))
+            )
+        )
         sizes = left.image.virtual_size, right.image.virtual_size
         if strict and sizes[0] != sizes[1]:
             return Comparison(False, min(sizes), f"the disks have {sizes[0]} and {sizes[1]} bytes")
@@ -314,6 +333,8 @@ def check(image: PathLike, *, format: str | None = None, repair: bool = False) -
         name = source.file.name
         if repair and source.wrappers:
             raise UnsupportedFeature("a packed image is not repaired in place", path=name, hint="unpack it first")
+        if repair and is_fetched(source.original):
+            raise UnsupportedFeature("a remote image is not repaired in place", path=name, hint="fetch it first")
     if not repair:
         return CheckResult(name, chosen.name, problems)
     with LocalFile.open_for_change(image) as file, located(file):

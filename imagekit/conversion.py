@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from imagekit import copying
-from imagekit.errors import UnsupportedFeature, UsageError
+from imagekit import copying, remote
+from imagekit.errors import SourceError, UnsupportedFeature, UsageError
 from imagekit.formats import registry
 from imagekit.formats.base import SECTOR, DiskFormat, DiskImage, File, OpenOptions, ParentLink, WriterOptions
 from imagekit.formats.files import LocalFile
@@ -80,7 +80,9 @@ def convert_image(
         from imagekit import confined
 
         if confined.POSSIBLE:
-            return confined.convert(file, target_path, chosen.name, options, control=control)
+            with at_hand(file, options, scratch=target_path.parent, control=control) as here:
+                report = confined.convert(here.file, target_path, chosen.name, options, control=control)
+            return replace(report, notes=(*(finding.message for finding in here.findings), *report.notes))
     with planned(source, chosen, options, target=target_path, control=control) as conversion:
         if options.dry_run:
             copied = copying.CopyResult(conversion.plan.data_bytes, 0, conversion.plan.file_size)
@@ -144,6 +146,27 @@ def planned(
         yield PlannedConversion(opened, image, plan, parent)
 
 
+@contextmanager
+def at_hand(
+    source: str | os.PathLike[str] | LocalFile,
+    options: ConvertOptions,
+    *,
+    scratch: Path | None = None,
+    control: Control = SILENT,
+) -> Iterator[remote.Opened]:
+    """The source as a confined process can take it: fetched, and its checksum taken, by this one."""
+    if isinstance(source, LocalFile):
+        yield remote.Opened(source, (), source.identity)
+        return
+    access, following = reading(options).access, options.follow_references
+    opened = remote.open_named(source, access, folder=scratch, following=following, control=control)
+    with opened.file as file:
+        remote.complete(file)
+        yield opened
+        if changed := opened.identity.differences(file.identity):
+            raise SourceError(f"changed while it was read ({', '.join(changed)})", path=file.name)
+
+
 def reading(options: ConvertOptions, *, scratch: Path | None = None, deep: bool = False) -> Reading:
     """How the source is to be opened; ``scratch`` is a folder for what has to be unpacked.
 
@@ -151,7 +174,10 @@ def reading(options: ConvertOptions, *, scratch: Path | None = None, deep: bool 
     """
     following = Following(options.parent_map, options.ignore_parent_id) if options.follow_references else None
     view = OpenOptions(snapshot=options.snapshot, size_from=options.size_from)
-    return Reading(options.source_format, options.allow, following, view, scratch, options.limits, deep=deep)
+    access = remote.Access(options.redirect_hosts, options.http_timeout, options.checksum)
+    return Reading(
+        options.source_format, options.allow, following, view, scratch, options.limits, deep=deep, access=access
+    )
 
 
 def open_parent(
@@ -309,7 +335,9 @@ def _verify_by_qemu_img(conversion: PlannedConversion, pending: Pending, options
     from imagekit import qemu_img
 
     path = pending.part or _by_descriptor(pending.file)
-    origin = source.file.name if not source.wrappers else _by_descriptor(source.file)
+    remote.complete(source.file)
+    nameless = source.wrappers or remote.is_fetched(source.file)
+    origin = _by_descriptor(source.file) if nameless else source.file.name
     qemu_img.compare(origin, plan.source_format, path, plan.target_format)
 
 

@@ -12,13 +12,13 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from uuid import UUID, uuid4, uuid5
 
 from imagekit.cloudinit.model import Network, Spec, derive_mac, load_spec, parse_spec
 from imagekit.cloudinit.passwords import generate_password as make_password
 from imagekit.errors import InvalidSpec, UsageError
 from imagekit.machine import Nic
+from imagekit.remote import file_name
 
 SEED_SIZE = 512
 """Bytes of a random seed, as many as Nova gives."""
@@ -108,5 +108,5 @@ def _read(spec: SpecLike | None, given: dict[str, object], defaults: dict[str, o
 
 def name_for(image: str | os.PathLike[str]) -> str:
     """A machine name made of an image's file name."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(image).name.split(".")[0]).strip("._-")
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", file_name(image).split(".")[0]).strip("._-")
     return stem[:64] or "guest"

@@ -77,6 +77,9 @@ class ConvertOptions:
     ignore_parent_id: bool = False
     limits: Limits = DEFAULT_LIMITS
     confined: bool = False
+    redirect_hosts: tuple[str, ...] = ()
+    http_timeout: float = 30.0
+    checksum: str | None = None
 
     def __post_init__(self) -> None:
         if self.verify not in VERIFY_LEVELS:
@@ -87,6 +90,8 @@ class ConvertOptions:
             raise UsageError(f"size {self.size}, at least one sector is needed")
         if self.align is not None and (self.align < SECTOR or self.align & (self.align - 1)):
             raise UsageError(f"align {self.align}, a power of two from 512 on is needed")
+        if not self.http_timeout > 0:
+            raise UsageError(f"HTTP time-out {self.http_timeout}, more than 0 seconds are needed")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Where images come from: a path today. Opened once, judged, and watched for changes until the end.
+"""Where images come from: a path or an address (imagekit.remote). Opened once, judged, watched until the end.
 
 A :class:`Source` holds the one open file; the format is chosen once, from that file, and never probed again. With
 the caller's leave (:class:`~imagekit.references.Following`) the files it refers to are opened with it, each judged
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from imagekit import policy
+from imagekit import policy, remote
 from imagekit.errors import CorruptImage, ImagekitError, SourceError, UnsafeImage, UnsupportedFeature
 from imagekit.formats import registry
 from imagekit.formats.base import AS_IS, DiskFormat, DiskImage, File, OpenOptions, Reference, Resolver
@@ -120,6 +120,8 @@ class Reading:
     opener: Opener = OPENER
     deep: bool = False
     """Also look at all tables: what lies on something else, leads out of the file, or is there more than once."""
+    access: remote.Access = remote.NO_ACCESS
+    """How a source that is an address may be reached."""
 
     def enforce(self, findings: list[policy.Finding], file: LocalFile) -> None:
         if self.allow is not None:
@@ -132,18 +134,29 @@ def open_source(
 ) -> Source:
     """Open, unpack if need be, recognise and judge. A file that is open already belongs to the source from now on."""
     reading = reading or Reading()
-    file = path if isinstance(path, LocalFile) else LocalFile.open_source(path)
+    if isinstance(path, LocalFile):
+        opened = remote.Opened(path, (), path.identity)
+    else:
+        following = reading.following is not None
+        opened = remote.open_named(path, reading.access, folder=reading.scratch, following=following, control=control)
     try:
-        name = reading.declared
-        if name is not None and not registry.is_known(name) and _read_by_qemu_img(name):
-            return _through_qemu_img(file, name, reading, control)
-        # Bytes declared raw are taken as they are, whatever they look like.
-        if name != "raw" and _is_packed(file):
-            return _unpacked(file, reading, control)
-        return _judged(file, reading)
+        source = _recognised(opened.file, reading, control)
+        source = replace(source, identity=opened.identity, findings=(*opened.findings, *source.findings))
     except BaseException:
-        file.close()
+        opened.file.close()
         raise
+    return source
+
+
+def _recognised(file: LocalFile, reading: Reading, control: Control) -> Source:
+    name = reading.declared
+    if name is not None and not registry.is_known(name) and _read_by_qemu_img(name):
+        remote.complete(file)
+        return _through_qemu_img(file, name, reading, control)
+    # Bytes declared raw are taken as they are, whatever they look like.
+    if name != "raw" and _is_packed(file):
+        return _unpacked(file, reading, control)
+    return _judged(file, reading)
 
 
 def _is_packed(file: LocalFile) -> bool:

@@ -19,6 +19,7 @@ from imagekit.cli.options import (
     Overwrite,
     allowed,
     command,
+    remote,
     size_option,
 )
 from imagekit.cli.sizes import show_size
@@ -229,7 +230,7 @@ def _password(encrypted: str | None) -> str:
 
 
 @app.command()
-@command(guest=guest_fields, medium=medium_fields, metadata=metadata_fields, allow=allowed)
+@command(guest=guest_fields, medium=medium_fields, metadata=metadata_fields, allow=allowed, remote=remote)
 def prepare(
     ui: Ui,
     image: Image,
@@ -237,6 +238,7 @@ def prepare(
     medium: dict[str, Any],
     metadata: dict[str, Any],
     allow: frozenset[str],
+    remote: dict[str, Any],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the bundle; made if need be.")],
     spec: Spec = None,
     cpus: Annotated[int | None, typer.Option("--cpus", metavar="N", help="Processors.")] = None,
@@ -290,6 +292,7 @@ def prepare(
         jobs=jobs,
         allow=allow,
         progress=ui.callback(),
+        **remote,
         **medium,
         **metadata,
         **guest,

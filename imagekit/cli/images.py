@@ -21,6 +21,7 @@ from imagekit.cli.options import (
     command,
     limits,
     reading,
+    remote,
     size_option,
     target,
 )
@@ -37,11 +38,12 @@ app = typer.Typer()
 
 
 @app.command()
-@command(reading=reading, limits=limits)
+@command(reading=reading, remote=remote, limits=limits)
 def info(
     ui: Ui,
     image: Image,
     reading: dict[str, Any],
+    remote: dict[str, Any],
     limits: Limits,
     format: Format = None,
     deep: Deep = False,
@@ -58,11 +60,11 @@ def info(
     """
     if hyperv and confined:
         raise UsageError("--hyperv reads the guest's files in this process", hint="leave out --confined")
-    found = api.info(image, format=format, limits=limits, deep=deep, confined=confined, **reading)
+    found = api.info(image, format=format, limits=limits, deep=deep, confined=confined, **reading, **remote)
     if confined and not found.confinement:
         ui.warn(NOT_CONFINED)
     document: dict[str, object] = dict(found.to_json())
-    ready = api.readiness(image, format=format, limits=limits, **reading) if hyperv else None
+    ready = api.readiness(image, format=format, limits=limits, **reading, **remote) if hyperv else None
     if ready is not None:
         document["hyperv"] = ready.to_json()
 
@@ -91,13 +93,20 @@ def info(
 
 
 @app.command("map")
-@command(allow=allowed, reading=reading)
-def map_(ui: Ui, image: Image, allow: frozenset[str], reading: dict[str, Any], format: Format = None) -> None:
+@command(allow=allowed, reading=reading, remote=remote)
+def map_(
+    ui: Ui,
+    image: Image,
+    allow: frozenset[str],
+    reading: dict[str, Any],
+    remote: dict[str, Any],
+    format: Format = None,
+) -> None:
     """List where the guest's data lies in the file.
 
     As JSON it is the array of qemu-img map.
     """
-    with api.open_image(image, format=format, allow=allow, **reading) as disk:
+    with api.open_image(image, format=format, allow=allow, **reading, **remote) as disk:
         extents = disk.extents()
         if ui.json:
             # Line by line: a large disk has millions of extents.
@@ -139,13 +148,14 @@ def check(
 
 
 @app.command()
-@command(allow=allowed, chain=chain)
+@command(allow=allowed, chain=chain, remote=remote)
 def compare(
     ui: Ui,
     one: Annotated[str, typer.Argument(metavar="A", show_default=False)],
     other: Annotated[str, typer.Argument(metavar="B", show_default=False)],
     allow: frozenset[str],
     chain: dict[str, Any],
+    remote: dict[str, Any],
     format: Annotated[str | None, typer.Option("--format", "-f", metavar="FMT", help="Format of A.")] = None,
     other_format: Annotated[
         str | None, typer.Option("--other-format", "-F", metavar="FMT", help="Format of B.")
@@ -166,6 +176,7 @@ def compare(
         progress=ui.callback(),
         allow=allow,
         **chain,
+        **remote,
     )
     ui.result(result.to_json(), result.reason)
     if not result.same:
@@ -180,12 +191,13 @@ Profile = Annotated[
 
 
 @app.command()
-@command(allow=allowed, reading=reading, target=target, limits=limits)
+@command(allow=allowed, reading=reading, remote=remote, target=target, limits=limits)
 def measure(
     ui: Ui,
     source: Image,
     allow: frozenset[str],
     reading: dict[str, Any],
+    remote: dict[str, Any],
     target: dict[str, Any],
     limits: Limits,
     format: Format = None,
@@ -208,6 +220,7 @@ def measure(
         limits=limits,
         progress=ui.callback(),
         **reading,
+        **remote,
         **target,
     )
     most = "" if found["exact"] else " at most"
@@ -215,12 +228,13 @@ def measure(
 
 
 @app.command()
-@command(allow=allowed, reading=reading, made=target, limits=limits)
+@command(allow=allowed, reading=reading, remote=remote, made=target, limits=limits)
 def convert(
     ui: Ui,
     source: Image,
     allow: frozenset[str],
     reading: dict[str, Any],
+    remote: dict[str, Any],
     made: dict[str, Any],
     limits: Limits,
     target: Annotated[
@@ -272,6 +286,7 @@ def convert(
         allow=allow,
         progress=ui.callback(),
         **reading,
+        **remote,
         **made,
     )
     show_report(ui, report)

@@ -17,7 +17,10 @@ from imagekit.limits import Limits
 from imagekit.references import parse_parent_map
 
 Image = Annotated[
-    str, typer.Argument(metavar="IMAGE", help="An image file: qcow2, raw, VHD, VHDX, VMDK, VDI.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="IMAGE", help="An image: qcow2, raw, VHD, VHDX, VMDK, VDI; a file, or http(s)://…", show_default=False
+    ),
 ]
 Format = Annotated[
     str | None,
@@ -76,6 +79,33 @@ IgnoreParentId = Annotated[
 SizeFrom = Annotated[
     str | None, typer.Option("--size-from", metavar="current|chs", help="Which of a VHD's two sizes counts.")
 ]
+
+
+def remote(
+    redirect_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--redirect-host",
+            metavar="HOST",
+            help="A host, or *.DOMAIN, that a server's redirect may lead to; can be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    http_timeout: Annotated[
+        float,
+        typer.Option("--http-timeout", metavar="S", help="Seconds of silence after which a server is asked again."),
+    ] = 30.0,
+    checksum: Annotated[
+        str | None,
+        typer.Option(
+            "--checksum",
+            metavar="ALGO:HEX|FILE|URL",
+            help="What the whole file must hash to, or a list such as SHA256SUMS that says it; else exit 15.",
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """How a command line wants remote sources reached, as keywords of the library."""
+    return {"redirect_hosts": tuple(redirect_host or ()), "http_timeout": http_timeout, "checksum": checksum}
 
 
 def chain(

@@ -1,0 +1,315 @@
+"""A file that comes over HTTP while it is read: a nameless local file whose missing parts are fetched when needed.
+
+Threads fetch what a reader waits for first, and what lies behind it next, in ascending order: a converter finds its
+bytes already there. Every byte is fetched once at most, whatever is read twice; memory is a state a piece. From a
+server without ranges all of it is fetched before the first read.
+
+The nameless file takes the room of what was fetched, and is gone with its descriptor, however the program ends.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from imagekit.errors import ImagekitError, SourceError, UnsafeImage
+from imagekit.formats.base import Buffer, MiB, TiB
+from imagekit.formats.files import FileIdentity, LocalFile, nameless
+from imagekit.progress import INTERVAL, SILENT, Control
+from imagekit.remote_http import Answer, Dropped, HttpOptions, Resource
+
+PIECE = MiB
+RUN = 8
+"""Pieces one request asks for at most."""
+AHEAD = 64
+"""Pieces fetched ahead of a reader that goes forward."""
+NEAR = 4
+"""Pieces that a reader may skip, or go back, and still goes forward."""
+CONNECTIONS = 4
+MAX_SIZE = 16 * TiB
+"""Of a file that is fetched: the states of its pieces take 16 MiB then."""
+PHASE = "download"
+MISSING, IN_FLIGHT, PRESENT = 0, 1, 2
+
+
+class Digest(Protocol):
+    """What hashlib's objects can do."""
+
+    def update(self, data: Buffer, /) -> None: ...
+
+
+class RemoteFile(LocalFile):
+    """The bytes of a resource. Reads wait for what is missing; safe to share between threads."""
+
+    ranges: bool
+    """Whether the server has ranges; else the file was fetched as a whole when it was opened."""
+
+    def __init__(self, resource: Resource, folder: Path | None, control: Control) -> None:
+        with nameless(folder or Path(tempfile.gettempdir()), resource.name) as made:
+            super().__init__(made.again()._fd, resource.name)
+        self._resource = resource
+        self._control = control
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        self._wanted: set[int] = set()
+        self._ahead = range(0)
+        self._last = 0
+        self._error: ImagekitError | None = None
+        self._closed = False
+        self._size, self._fetched = 0, 0
+        self._states = bytearray()
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        options: HttpOptions | None = None,
+        *,
+        folder: Path | None = None,
+        expected: int | None = None,
+        control: Control = SILENT,
+    ) -> RemoteFile:
+        """Ask for the first piece, which says what there is. ``expected`` is the size it must have, if known."""
+        file = cls(Resource(url, options or HttpOptions()), folder, control)
+        try:
+            file._begin(expected)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def __enter__(self) -> RemoteFile:
+        return self
+
+    # --- fetching ----------------------------------------------------------------------------------------------
+
+    def _begin(self, expected: int | None) -> None:
+        attempts = 0
+        while True:
+            try:
+                with self._resource.opened(PIECE) as answer:
+                    self.ranges = answer.partial
+                    self._prepare(answer, expected)
+                    self._take(answer)
+                if expected not in (None, self._size):
+                    raise SourceError(f"{self._size} bytes came, {expected} were expected", path=self.name)
+                return
+            except Dropped as error:
+                if self.ranges:
+                    return  # what is missing of the first piece comes like any other
+                attempts += 1
+                if attempts > self._resource.options.retries:
+                    raise SourceError(
+                        f"cannot be fetched: {error} (and the server has no ranges to go on with)",
+                        path=self.name,
+                        hint="try again later",
+                    ) from error
+
+    def _prepare(self, answer: Answer, expected: int | None) -> None:
+        size = max(answer.version.size, 0)
+        if size > MAX_SIZE:
+            raise UnsafeImage(
+                f"refused by rule remote-size: the server states {size} bytes, at most {MAX_SIZE} are fetched",
+                rule="remote-size",
+                path=self.name,
+            )
+        if expected is not None and answer.length is not None and size != expected:
+            raise SourceError(f"the server has {size} bytes, {expected} were expected", path=self.name)
+        self._size, self._fetched = size, 0
+        LocalFile.truncate(self, size)
+        self._states = bytearray(-(-size // PIECE))
+
+    def _take(self, answer: Answer) -> None:
+        """The first answer's body: the first piece, or everything."""
+        at = 0
+        for piece in answer.pieces():
+            if at + len(piece) > MAX_SIZE:
+                raise SourceError(f"the server sends more than {MAX_SIZE} bytes", path=self.name)
+            self._store(at, piece)
+            at += len(piece)
+            self._control.tell(PHASE, at, max(self._size, at))
+        if not answer.partial:
+            self._size = at
+            self._states = bytearray((PRESENT,)) * -(-at // PIECE)
+        elif at == min(PIECE, self._size) and at:
+            self._states[0] = PRESENT
+
+    def _store(self, at: int, piece: bytes) -> None:
+        with self._changed:  # after close() the descriptor may be another file's
+            if self._closed:
+                raise SourceError("closed while it was fetched", path=self.name)
+            LocalFile.pwrite(self, at, piece)
+            self._fetched += len(piece)
+
+    def _start(self) -> None:
+        if not self._threads:
+            for number in range(CONNECTIONS):
+                thread = threading.Thread(target=self._work, name=f"imagekit-fetch-{number}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def _work(self) -> None:
+        try:
+            while (run := self._next()) is not None:
+                self._fetch(run)
+        except ImagekitError as error:
+            self._fail(error)
+        except Exception as error:  # a thread's error must reach who waits for its bytes
+            self._fail(ImagekitError(f"internal error while fetching: {error!r}", path=self.name))
+
+    def _fail(self, error: ImagekitError) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def _next(self) -> range | None:
+        """The pieces to fetch now: what somebody waits for, then what lies ahead."""
+        with self._changed:
+            while True:
+                if self._closed or self._error is not None:
+                    return None
+                first = min((one for one in self._wanted if self._states[one] == MISSING), default=-1)
+                if first < 0:
+                    first = self._states.find(MISSING, self._ahead.start, self._ahead.stop)
+                if first >= 0:
+                    break
+                self._changed.wait()
+            end = first + 1
+            while end < first + RUN and end < len(self._states) and self._may_follow(end):
+                end += 1
+            self._states[first:end] = bytes((IN_FLIGHT,)) * (end - first)
+            return range(first, end)
+
+    def _may_follow(self, piece: int) -> bool:
+        return self._states[piece] == MISSING and (piece in self._ahead or piece in self._wanted)
+
+    def _fetch(self, run: range) -> None:
+        start, end = run.start * PIECE, min(run.stop * PIECE, self._size)
+
+        def sink(offset: int, data: bytes) -> None:
+            self._store(offset, data)
+            self._mark(run.start, offset, offset + len(data))
+
+        self._resource.fetch(start, end - start, sink)
+
+    def _mark(self, first: int, start: int, end: int) -> None:
+        """Note the pieces that became complete with the bytes from ``start`` to ``end``; all before are here."""
+        done = range(start // PIECE, len(self._states) if end == self._size else end // PIECE)
+        if done:
+            with self._changed:
+                for piece in done:
+                    self._states[max(piece, first)] = PRESENT
+                    self._wanted.discard(piece)
+                self._changed.notify_all()
+
+    # --- waiting -----------------------------------------------------------------------------------------------
+
+    def _need(self, offset: int, length: int) -> None:
+        """Return when the bytes are here."""
+        end = min(offset + length, self._size)
+        if offset >= end:
+            return
+        pieces = range(offset // PIECE, (end - 1) // PIECE + 1)
+        with self._changed:
+            self._look_ahead(pieces)
+            while missing := [piece for piece in pieces if self._states[piece] != PRESENT]:
+                self._check()
+                self._wanted.update(missing)
+                self._start()
+                self._changed.notify_all()
+                self._changed.wait(INTERVAL)
+
+    def _look_ahead(self, pieces: range) -> None:
+        if self._last - NEAR <= pieces.start <= self._last + NEAR and pieces.start > 0:
+            # Never shorter than it was: the reader may be one of several threads.
+            stop = max(pieces.stop + AHEAD, self._ahead.stop if self._ahead.stop < pieces.stop + 2 * AHEAD else 0)
+            self._ahead = range(pieces.stop, min(stop, len(self._states)))
+            if self._threads:
+                self._changed.notify_all()
+        self._last = max(self._last, pieces.stop - 1) if pieces.start >= self._last - NEAR else pieces.stop - 1
+
+    def _check(self) -> None:
+        self._control.check()
+        if self._error is not None:
+            raise copy.copy(self._error)  # a traceback of its own for each thread that waits
+        if self._closed:
+            raise SourceError("is closed", path=self.name)
+
+    def complete(self, *digests: Digest) -> None:
+        """Fetch all that is missing; the digests get every byte, in order, while the rest still comes."""
+        with self._changed:
+            self._ahead = range(len(self._states))
+            self._changed.notify_all()
+        for offset in range(0, self._size, PIECE):
+            with self._changed:
+                self._ahead = range(offset // PIECE, len(self._states))
+                while self._states[offset // PIECE] != PRESENT:
+                    self._check()
+                    self._start()
+                    self._changed.notify_all()
+                    self._changed.wait(INTERVAL)
+                    self._control.tell(PHASE, self._fetched, self._size)
+            if digests:
+                data = self.pread(offset, PIECE)
+                for digest in digests:
+                    digest.update(data)
+            self._control.tell(PHASE, offset, self._size)
+
+    # --- as a file ---------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def fetched(self) -> int:
+        """Bytes that came so far."""
+        return self._fetched
+
+    @property
+    def allocated_size(self) -> int:
+        return self._size
+
+    @property
+    def identity(self) -> FileIdentity:
+        # The local file grows while it is read; that the resource stays the same is seen to by each answer.
+        info = os.fstat(self._fd)
+        return FileIdentity(info.st_dev, info.st_ino, self._size, 0, 0)
+
+    @property
+    def held_for_writing(self) -> bool:
+        return False
+
+    def pread_into(self, offset: int, buffer: memoryview) -> int:
+        view = buffer[: max(0, self._size - offset)]
+        self._need(offset, len(view))
+        return super().pread_into(offset, view)
+
+    def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """All of it: what the server has holes for is not known."""
+        if (end := min(offset + length, self._size)) > offset:
+            yield offset, end - offset
+
+    def fileno(self) -> int | None:
+        """The descriptor, once everything is there: who has it reads past us."""
+        complete = self._states.count(PRESENT) == len(self._states)
+        return super().fileno() if complete else None
+
+    def again(self) -> LocalFile:
+        """All of it, as a file that no longer needs the network."""
+        self.complete()
+        return super().again()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._resource.close()
+        for thread in self._threads:
+            thread.join(timeout=1.0)  # one that connects has nothing yet to be woken up from
+        super().close()
