@@ -290,6 +290,10 @@ class RemoteFile(LocalFile):
         self._need(offset, len(view))
         return super().pread_into(offset, view)
 
+    def pread(self, offset: int, length: int) -> bytes:
+        self._need(offset, length)
+        return super().pread(offset, length)
+
     def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """All of it: what the server has holes for is not known."""
         if (end := min(offset + length, self._size)) > offset:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from imagekit.errors import Cancelled, SourceError, UnsafeImage, UsageError
+from imagekit.formats.files import LocalFile
 from imagekit.progress import Control
 from imagekit.remote_file import PIECE, RemoteFile
 from imagekit.remote_http import HttpOptions, shown
@@ -27,6 +28,13 @@ ALWAYS = range(1000)
 def fetched(site: Site, options: HttpOptions = QUICK, **more: Any) -> bytes:
     with RemoteFile.open(site.url, options, **more) as file:
         return file.pread(0, file.size)
+
+
+def test_whatever_reads_a_local_file_waits_for_a_remote_one() -> None:
+    """A way to read that LocalFile gains, and that would see the parts not fetched yet, must be thought of here."""
+    harmless = {"open_source", "open_for_change", "pwrite", "truncate", "preallocate", "flush"}
+    ways = {name for name in vars(LocalFile) if not name.startswith("_")} - harmless
+    assert ways - set(vars(RemoteFile)) == set()
 
 
 def test_all_bytes_arrive_from_a_server_with_ranges() -> None:
