@@ -155,6 +155,9 @@ class Resource:
     version: Version | None = None
     """Set by the first answer."""
 
+    label: str = ""
+    """What it is called in messages; without one, the address."""
+
     def __post_init__(self) -> None:
         check_url(self.url)
         self.connections = Connections(self.options)
@@ -163,7 +166,7 @@ class Resource:
 
     @property
     def name(self) -> str:
-        return shown(self.url)
+        return self.label or shown(self.url)
 
     def close(self) -> None:
         self.connections.close()
@@ -218,6 +221,7 @@ class Resource:
         try:
             return Answer.judged(self, response, connection, offset, length)
         except BaseException:
+            response.close()  # which has the socket, where the connection was to end with it
             connection.close()
             raise
 
@@ -230,6 +234,7 @@ class Resource:
             if response.status not in REDIRECTS:
                 return response, connection
             target = response.getheader("Location") or ""
+            response.close()
             connection.close()
             url = self._redirected(url, target)
         raise self.refused(f"more than {MAX_REDIRECTS} redirects")
@@ -262,13 +267,18 @@ class Resource:
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         try:
             connection.request(method, path, headers=dict(headers))
-            return connection.getresponse(), connection
+            response = connection.getresponse()
         except ssl.SSLCertVerificationError as error:
             connection.close()
             raise self.refused(f"the server's certificate: {error.verify_message}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()
             raise Dropped(_why(error)) from error
+        if self.connections.closed.is_set():  # meanwhile: it may have been opened anew
+            response.close()
+            connection.close()
+            raise self.refused("closed while it was fetched")
+        return response, connection
 
     def refused(self, message: str, *, hint: str | None = None) -> SourceError:
         return SourceError(message, path=self.name, hint=hint or "fetch it with another program and compare")
@@ -381,9 +391,8 @@ class Answer:
         self.whole = True
 
     def close(self) -> None:
-        if self.whole:
-            self.response.close()
-        else:  # what is left of it would be taken for the next answer
+        self.response.close()
+        if not self.whole:  # what is left of it would be taken for the next answer
             self.connection.close()
 
     def __enter__(self) -> Answer:

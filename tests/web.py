@@ -93,10 +93,10 @@ def serve(content: bytes, **options: Any) -> Iterator[Site]:
                 if value:
                     self.send_header(name, value)
             self.end_headers()
+            site.sent += len(answer.body[: answer.cut])  # before the client can have them
             try:
                 self.wfile.write(answer.body[: answer.cut])
                 self.wfile.flush()
-                site.sent += len(answer.body[: answer.cut])
                 if answer.cut is not None:
                     time.sleep(answer.stall)
                     self.close_connection = True
