@@ -1,7 +1,8 @@
 """Lint, the user data: would this guest run it, and does it parse.
 
 Archives are entered, gzip is unpacked within a limit. A ``#cloud-config`` is held against
-`imagekit.cloudinit.cloudconfig`. Nothing of the content is quoted but names of settings: the rest may be secret.
+`imagekit.cloudinit.cloudconfig`, and against cloud-init's own schema where cloud-init is installed. Nothing of the
+content is quoted but names of settings: the rest may be secret.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from email.errors import MessageError
 
 import yaml
 
+from imagekit.cloudinit.cloud_init_schema import schema_problems
 from imagekit.cloudinit.cloudconfig import FLATCAR_KEYS, KEYS, NULLABLE, WINDOWS_KEYS, type_name
 from imagekit.cloudinit.lint_rules import CLOUD_INIT, Problem
 from imagekit.cloudinit.model import GuestProfile
@@ -156,6 +158,11 @@ def _cloud_config(path: str, data: bytes, guest: GuestProfile) -> Iterator[Probl
             yield Problem("cloud-config-yaml", f"{key!r} is given twice, the last wins", f"{path}, line {line}")
         lines[str(key)] = line
     yield from _settings(path, values, lines, guest)
+    if guest in CLOUD_INIT:
+        for objection in schema_problems(data):
+            setting = objection.setting or "the whole"
+            where = f"{path}, line {lines.get(setting.partition('.')[0], 1)}"
+            yield Problem("cloud-config-schema", f"{setting}: {objection.message}", where)
 
 
 def _settings(

@@ -98,3 +98,29 @@ def test_what_is_added_to_user_data_grows_its_lists_and_changes_none_of_its_valu
         "chpasswd": {"expire": True},
         "runcmd": [["touch", "/a"]],
     }
+
+
+@pytest.mark.parametrize(
+    ("distro", "package"),
+    [
+        ("debian", "hyperv-daemons"),
+        ("fedora", "hyperv-daemons"),
+        ("rhel", "hyperv-daemons"),
+        ("almalinux", "hyperv-daemons"),
+        ("ubuntu", "linux-cloud-tools-virtual"),
+        ("opensuse-leap", "hyper-v"),
+        ("opensuse-tumbleweed", "hyper-v"),
+        ("sles", "hyper-v"),
+    ],
+)
+def test_the_package_of_hyperv_s_daemons_is_that_of_the_distribution(
+    tmp_path: Path, distro: str, package: str
+) -> None:
+    """For --guest linux, alone and beside user data with packages of its own."""
+    for number, own in enumerate(({}, {"user_data": "#cloud-config\npackages: [nginx]\n"})):
+        spec = parse_spec({"name": "a", "uuid": UUID, "guest": "linux", "hyperv_tools": True, **own})
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        data = config_drive_tree(spec)["openstack/latest/user_data"]
+        merged = cloud_init.merged_cloud_config(data, folder, distro=distro)
+        assert merged == {"packages": [*(["nginx"] if own else []), package]}

@@ -86,21 +86,27 @@ print(json.dumps({
 
 _MERGE = """
 import json, os, sys
-packages, folder = sys.argv[1:]
+packages, folder, distro = sys.argv[1:]
 sys.path.insert(0, packages)
-from cloudinit import handlers, helpers, user_data, util
+from cloudinit import helpers, user_data, util
 from cloudinit.handlers.cloud_config import CloudConfigPartHandler
+from cloudinit.handlers.jinja_template import JinjaTemplatePartHandler
 from cloudinit.settings import PER_ALWAYS
 paths = helpers.Paths({"run_dir": folder, "cloud_dir": folder})
+with open(paths.get_runpath("instance_data_sensitive"), "w") as file:
+    json.dump({"v1": {"distro": distro}}, file)
 with open(folder + "/user-data", "rb") as file:
     message = user_data.UserDataProcessor(paths).process(file.read())
 handler = CloudConfigPartHandler(paths)
 handler.cloud_fn = folder + "/merged"
+templates = JinjaTemplatePartHandler(paths, sub_handlers=[handler])
+by_type = {kind: each for each in (handler, templates) for kind in each.list_types()}
 handler.handle_part(None, "__begin__", None, None, None, None)
 for part in message.walk():
-    if part.get_content_type() == "text/cloud-config":
+    kind = part.get_content_type()
+    if kind in by_type:
         payload = util.fully_decoded_payload(part)
-        handler.handle_part(None, "text/cloud-config", part.get_filename(), payload, PER_ALWAYS, part)
+        by_type[kind].handle_part(None, kind, part.get_filename(), payload, PER_ALWAYS, part)
 handler.handle_part(None, "__end__", None, None, None, None)
 with open(folder + "/merged") as file:
     print(json.dumps(util.load_yaml(file.read())))
@@ -131,7 +137,7 @@ echo ASKED
 
 def ds_identify(disk: Path, offset: int = 0) -> set[str]:
     """The data sources that ds-identify finds where the only file system is the one at ``offset`` of ``disk``."""
-    script = _packages().parents[1] / "cloud-init/ds-identify"
+    script = packages().parents[1] / "cloud-init/ds-identify"
     done = subprocess.run(
         ["/bin/sh", "-c", _IDENTIFY, "sh", str(script), str(disk), str(offset)],
         capture_output=True,
@@ -148,20 +154,23 @@ def read_config_drive(folder: Path, *, nics: dict[str, str]) -> dict[str, Any]:
 
     ``nics`` gives the names of the guest's adapters by MAC address.
     """
-    answer: dict[str, Any] = json.loads(_python(_READ, str(_packages()), str(folder), json.dumps(nics)))
+    answer: dict[str, Any] = json.loads(_python(_READ, str(packages()), str(folder), json.dumps(nics)))
     return answer
 
 
 def read_no_cloud(folder: Path) -> dict[str, Any]:
     """What the NoCloud data source says; the files are in ``folder``/seed/nocloud."""
-    answer: dict[str, Any] = json.loads(_python(_NO_CLOUD, str(_packages()), str(folder)))
+    answer: dict[str, Any] = json.loads(_python(_NO_CLOUD, str(packages()), str(folder)))
     return answer
 
 
-def merged_cloud_config(user_data: bytes, folder: Path) -> dict[str, Any]:
-    """The one cloud-config that cloud-init makes of all parts of user data; ``folder`` is for its files."""
+def merged_cloud_config(user_data: bytes, folder: Path, *, distro: str = "debian") -> dict[str, Any]:
+    """The one cloud-config that cloud-init makes of all parts of user data; ``folder`` is for its files.
+
+    ``distro`` is what templates are told of the guest, the ID of its os-release.
+    """
     (folder / "user-data").write_bytes(user_data)
-    merged: dict[str, Any] = json.loads(_python(_MERGE, str(_packages()), str(folder)))
+    merged: dict[str, Any] = json.loads(_python(_MERGE, str(packages()), str(folder), distro))
     return merged
 
 
@@ -172,14 +181,14 @@ def render_networks(jobs: list[dict[str, str]], *, nics: dict[str, str]) -> None
     sysconfig, network-manager), the ``distro`` that writes it, and the folder ``out``.
     """
     macs = [f"{name},{mac}" for mac, name in nics.items()]
-    _python(_RENDER, str(_packages()), json.dumps(jobs), json.dumps(macs))
+    _python(_RENDER, str(packages()), json.dumps(jobs), json.dumps(macs))
 
 
 def netplan(network_data: Path, *, out: Path, nics: dict[str, str]) -> str:
     """The netplan file that cloud-init's own converter writes for a network_data.json."""
     macs = [f"--mac={name},{mac}" for mac, name in nics.items()]
     command = ["devel", "net-convert", "-k", "network_data.json", "-p", str(network_data)]
-    _python(_CONVERT, str(_packages()), *command, "-d", str(out), "-D", "debian", "-O", "netplan", *macs)
+    _python(_CONVERT, str(packages()), *command, "-d", str(out), "-D", "debian", "-O", "netplan", *macs)
     return (out / "etc/netplan/50-cloud-init.yaml").read_text(encoding="utf-8")
 
 
@@ -193,7 +202,7 @@ def _python(code: str, *arguments: str) -> str:
 
 
 @functools.cache
-def _packages() -> Path:
+def packages() -> Path:
     """The folder of Python packages with cloud-init in it, downloaded at first use."""
     need_tool("apt-get")
     need_tool("dpkg-deb")
