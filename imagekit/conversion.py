@@ -81,7 +81,8 @@ def convert_image(
 
         if confined.POSSIBLE:
             with at_hand(file, options, scratch=target_path.parent, control=control) as here:
-                report = confined.convert(here.file, target_path, chosen.name, options, control=control)
+                asked = replace(options, stated_format=here.format)
+                report = confined.convert(here.file, target_path, chosen.name, asked, control=control)
             return replace(report, notes=(*(finding.message for finding in here.findings), *report.notes))
     with planned(source, chosen, options, target=target_path, control=control) as conversion:
         if options.dry_run:
@@ -174,9 +175,19 @@ def reading(options: ConvertOptions, *, scratch: Path | None = None, deep: bool 
     """
     following = Following(options.parent_map, options.ignore_parent_id) if options.follow_references else None
     view = OpenOptions(snapshot=options.snapshot, size_from=options.size_from)
-    access = remote.Access(options.redirect_hosts, options.http_timeout, options.checksum)
+    access = remote.Access(
+        options.redirect_hosts, options.http_timeout, options.checksum, options.glance_url, options.os_cloud
+    )
     return Reading(
-        options.source_format, options.allow, following, view, scratch, options.limits, deep=deep, access=access
+        options.source_format,
+        options.allow,
+        following,
+        view,
+        scratch,
+        options.limits,
+        deep=deep,
+        access=access,
+        stated=options.stated_format,
     )
 
 

@@ -80,6 +80,10 @@ class ConvertOptions:
     redirect_hosts: tuple[str, ...] = ()
     http_timeout: float = 30.0
     checksum: str | None = None
+    glance_url: str | None = None
+    os_cloud: str | None = None
+    stated_format: str | None = None
+    """What a service says the image is: content in another format is refused, unless ``source_format`` is given."""
 
     def __post_init__(self) -> None:
         if self.verify not in VERIFY_LEVELS:

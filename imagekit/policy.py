@@ -182,6 +182,7 @@ RULES: dict[str, Rule] = {
         Rule("downloaded", Severity.NOTE, "the image comes over the network while it is read"),
         Rule("checksum", Severity.NOTE, "the file is the one that its checksum is about"),
         Rule("weak-checksum", Severity.WARN, "another file can be made to have the same"),
+        Rule("no-checksum", Severity.WARN, "nothing says that the bytes are those that were uploaded"),
         Rule("staged", Severity.NOTE, "all of the image was fetched before it was read"),
         Rule("wrapped", Severity.NOTE, "the image was packed; what is inside counts"),
         Rule("ova-signature", Severity.NOTE, "the package is signed; nobody checked by whom"),

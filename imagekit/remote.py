@@ -18,10 +18,12 @@ from imagekit.policy import Finding, finding
 from imagekit.progress import SILENT, Control
 
 if TYPE_CHECKING:
+    from imagekit.checksums import Checksum
     from imagekit.remote_file import RemoteFile
     from imagekit.remote_http import HttpOptions
 
 SCHEMES = ("http", "https")
+GLANCE = "glance:"
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 
@@ -33,6 +35,11 @@ class Access:
     timeout: float = 30.0
     checksum: str | None = None
     """What the whole file must hash to, also a local one: ``ALGO:HEX``, or where a list with it is."""
+
+    glance_url: str | None = None
+    """Address of a Glance without Keystone; None: openstacksdk finds the one of ``os_cloud``."""
+
+    os_cloud: str | None = None
 
     def http(self) -> HttpOptions:
         """The same, for one fetch."""
@@ -56,8 +63,15 @@ def is_remote(source: str | os.PathLike[str]) -> bool:
     return True
 
 
+def is_glance(source: str | os.PathLike[str]) -> bool:
+    """Whether it names an image in Glance."""
+    return isinstance(source, str) and source.startswith(GLANCE) and not Path(source).exists()
+
+
 def file_name(source: str | os.PathLike[str]) -> str:
     """The last part of an address' path, or of a path: what a file made of it is named after."""
+    if is_glance(source):
+        return os.fspath(source)[len(GLANCE) :].replace("/", "_") or "image"
     if isinstance(source, str) and _ADDRESS.match(source):
         from urllib.parse import unquote, urlsplit
 
@@ -72,6 +86,8 @@ class Opened:
     file: LocalFile
     findings: tuple[Finding, ...]
     identity: FileIdentity
+    format: str | None = None
+    """What a service states its format to be."""
 
 
 def open_named(
@@ -83,6 +99,8 @@ def open_named(
     control: Control = SILENT,
 ) -> Opened:
     """Open a path or an address. With a checksum all of it is read, and is the file that is meant."""
+    if is_glance(source):
+        return _open_glance(os.fspath(source), access, folder=folder, following=following, control=control)
     if is_remote(source):
         name = os.fspath(source)
         file: LocalFile = open_remote(name, access, folder=folder, following=following, control=control)
@@ -98,6 +116,43 @@ def open_named(
     return Opened(file, tuple(found), identity)
 
 
+def _open_glance(source: str, access: Access, *, folder: Path | None, following: bool, control: Control) -> Opened:
+    """An image of Glance: all of it is fetched and hashed before anything is parsed."""
+    _refuse_following(following)
+    from imagekit.glance import Glance
+    from imagekit.remote_file import RemoteFile
+
+    if access.glance_url is not None:
+        service = Glance.at(access.glance_url, timeout=access.timeout)
+    else:
+        service = Glance.of_cloud(access.os_cloud, timeout=access.timeout)
+    image = service.find(source[len(GLANCE) :])
+    image.check_readable()
+    options = replace(access.http(), headers=service.headers, context=service.context)
+    file = RemoteFile.open(
+        service.address(image), options, folder=folder, expected=image.size, label=image.label, control=control
+    )
+    try:
+        if access.checksum is not None:
+            found = _check(file, source, access, control)
+        elif image.checksum is not None:
+            found = _agrees(file, image.checksum, control)
+        else:
+            file.complete()
+            found = [finding("no-checksum", "Glance states no checksum of the image that we can compute")]
+    except BaseException:
+        file.close()
+        raise
+    return Opened(file, tuple(found), file.identity, image.format)
+
+
+def _refuse_following(following: bool) -> None:
+    if following:
+        raise UnsupportedFeature(
+            "what a remote image refers to is not followed", hint="fetch the images first, and leave out the address"
+        )
+
+
 def _check(file: LocalFile, source: str | os.PathLike[str], access: Access, control: Control) -> list[Finding]:
     from imagekit.checksums import MAX_LIST, find_checksum
 
@@ -109,6 +164,10 @@ def _check(file: LocalFile, source: str | os.PathLike[str], access: Access, cont
             return found.pread(0, found.size)
 
     checksum = find_checksum(access.checksum or "", file_name(source), read)
+    return _agrees(file, checksum, control)
+
+
+def _agrees(file: LocalFile, checksum: Checksum, control: Control) -> list[Finding]:
     checksum.check(file, control=control)
     said = [finding("checksum", f"the {checksum.algorithm} of all {file.size} bytes is the one stated")]
     if checksum.weak:
@@ -120,10 +179,7 @@ def open_remote(
     source: str, access: Access, *, folder: Path | None = None, following: bool = False, control: Control = SILENT
 ) -> RemoteFile:
     """The file at an address; nothing but its first bytes, or all of it, was fetched then."""
-    if following:
-        raise UnsupportedFeature(
-            "what a remote image refers to is not followed", hint="fetch the images first, and leave out the address"
-        )
+    _refuse_following(following)
     from imagekit.remote_file import RemoteFile
 
     return RemoteFile.open(source, access.http(), folder=folder, control=control)

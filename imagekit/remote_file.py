@@ -72,10 +72,11 @@ class RemoteFile(LocalFile):
         *,
         folder: Path | None = None,
         expected: int | None = None,
+        label: str = "",
         control: Control = SILENT,
     ) -> RemoteFile:
         """Ask for the first piece, which says what there is. ``expected`` is the size it must have, if known."""
-        file = cls(Resource(url, options or HttpOptions()), folder, control)
+        file = cls(Resource(url, options or HttpOptions(), label=label), folder, control)
         try:
             file._begin(expected)
         except BaseException:

@@ -123,6 +123,9 @@ class Reading:
     access: remote.Access = remote.NO_ACCESS
     """How a source that is an address may be reached."""
 
+    stated: str | None = None
+    """The format that a service says the image has."""
+
     def enforce(self, findings: list[policy.Finding], file: LocalFile) -> None:
         if self.allow is not None:
             answered = policy.REFERENCES if self.following is not None else frozenset()
@@ -141,11 +144,24 @@ def open_source(
         opened = remote.open_named(path, reading.access, folder=reading.scratch, following=following, control=control)
     try:
         source = _recognised(opened.file, reading, control)
+        _check_stated(source, reading, opened.format or reading.stated)
         source = replace(source, identity=opened.identity, findings=(*opened.findings, *source.findings))
     except BaseException:
         opened.file.close()
         raise
     return source
+
+
+def _check_stated(source: Source, reading: Reading, stated: str | None) -> None:
+    """Content and what a service says of it must agree, also where that is raw: the next reader may believe it."""
+    if stated is not None and reading.declared is None and source.format != stated and reading.allow is not None:
+        raise UnsafeImage(
+            f"refused by rule format-mismatch: stated to be {stated}, found {source.format} — "
+            "the content is not in the format it was declared to be",
+            rule="format-mismatch",
+            path=source.original.name,
+            hint=f"-f {source.format} reads it as what it is, where its origin is trusted",
+        )
 
 
 def _recognised(file: LocalFile, reading: Reading, control: Control) -> Source:

@@ -43,6 +43,7 @@ class Site:
     requests: list[str] = field(default_factory=list)
     """The Range header of each request, in order."""
 
+    paths: list[str] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     other: dict[str, bytes] = field(default_factory=dict)
     """Other paths, and what they hold."""
@@ -66,6 +67,7 @@ def serve(content: bytes, **options: Any) -> Iterator[Site]:
             with lock:
                 number = len(site.requests)
                 site.requests.append(self.headers.get("Range", ""))
+                site.paths.append(self.path)
                 site.headers.append(dict(self.headers))
             if site.latency:
                 time.sleep(site.latency)

@@ -19,7 +19,9 @@ from imagekit.references import parse_parent_map
 Image = Annotated[
     str,
     typer.Argument(
-        metavar="IMAGE", help="An image: qcow2, raw, VHD, VHDX, VMDK, VDI; a file, or http(s)://…", show_default=False
+        metavar="IMAGE",
+        help="An image: qcow2, raw, VHD, VHDX, VMDK, VDI; a file, http(s)://… or glance:ID",
+        show_default=False,
     ),
 ]
 Format = Annotated[
@@ -103,9 +105,28 @@ def remote(
             help="What the whole file must hash to, or a list such as SHA256SUMS that says it; else exit 15.",
         ),
     ] = None,
+    glance_url: Annotated[
+        str | None,
+        typer.Option(
+            "--glance-url",
+            metavar="URL",
+            envvar="IMAGEKIT_GLANCE_URL",
+            help="For glance:ID: a Glance without Keystone.",
+        ),
+    ] = None,
+    os_cloud: Annotated[
+        str | None,
+        typer.Option("--os-cloud", metavar="NAME", envvar="OS_CLOUD", help="For glance:ID: a cloud of clouds.yaml."),
+    ] = None,
 ) -> dict[str, Any]:
     """How a command line wants remote sources reached, as keywords of the library."""
-    return {"redirect_hosts": tuple(redirect_host or ()), "http_timeout": http_timeout, "checksum": checksum}
+    return {
+        "redirect_hosts": tuple(redirect_host or ()),
+        "http_timeout": http_timeout,
+        "checksum": checksum,
+        "glance_url": glance_url,
+        "os_cloud": os_cloud,
+    }
 
 
 def chain(

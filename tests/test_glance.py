@@ -1,0 +1,131 @@
+"""Images in Glance: what it states of them is held against what comes, from a server that answers as it does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import imagekit
+from imagekit.cli.app import run
+from imagekit.errors import SourceError, ToolError, UnsafeImage, UnsupportedFeature, VerificationFailed
+from tests.test_remote import image
+from tests.web import Site, answers, only, serve
+
+ID = "6f9c1d2e-0b1a-4c3d-8e5f-001122334455"
+
+
+class FakeGlance:
+    """The answers of Image API v2 about one image."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.values: dict[str, Any] = {
+            "id": ID,
+            "name": "debian",
+            "status": "active",
+            "disk_format": "qcow2",
+            "container_format": "bare",
+            "size": len(image()),
+            "os_hash_algo": "sha512",
+            "os_hash_value": hashlib.sha512(image()).hexdigest(),
+            "checksum": hashlib.md5(image(), usedforsecurity=False).hexdigest(),
+        }
+        self.state()
+
+    def state(self, **changes: Any) -> None:
+        self.values |= changes
+        self.site.other |= {
+            f"/v2/images/{ID}": json.dumps(self.values).encode(),
+            "/v2/images?name=debian&limit=20": json.dumps({"images": [self.values]}).encode(),
+            "/v2/images?name=none&limit=20": b'{"images": []}',
+            "/v2/images?name=two&limit=20": json.dumps({"images": [self.values, self.values]}).encode(),
+            f"/v2/images/{ID}/file": image(),
+        }
+
+    def convert(self, target: Path, name: str = ID, **options: Any) -> imagekit.Report:
+        return imagekit.convert(f"glance:{name}", target, glance_url=self.site.address, **options)
+
+
+@pytest.fixture
+def glance() -> Iterator[FakeGlance]:
+    with serve(b"", etag=None) as site:
+        yield FakeGlance(site)
+
+
+@pytest.mark.parametrize("name", [ID, ID.upper(), "debian"])
+@pytest.mark.parametrize("confined", [False, True], ids=["", "confined"])
+def test_an_image_is_found_by_id_or_name_and_is_what_its_hash_says(
+    tmp_path: Path, glance: FakeGlance, name: str, confined: bool
+) -> None:
+    report = glance.convert(tmp_path / "disk.vhdx", name, verify="content", confined=confined)
+    assert (report.source, report.source_format) == (f"glance:{ID}", "qcow2")
+    assert any("sha512 of all" in note for note in report.notes)
+
+
+def test_another_hash_is_refused(no_leftovers: Path, glance: FakeGlance) -> None:
+    glance.state(os_hash_value="0" * 128)
+    with pytest.raises(VerificationFailed):
+        glance.convert(no_leftovers / "disk.vhdx")
+
+
+def test_md5_is_a_fallback_and_none_is_said(tmp_path: Path, glance: FakeGlance) -> None:
+    glance.state(os_hash_algo="streebog", os_hash_value="00")
+    assert any("md5 proves little" in note for note in glance.convert(tmp_path / "a.vhdx").notes)
+    glance.state(checksum=None)
+    assert any("no checksum" in note for note in glance.convert(tmp_path / "b.vhdx").notes)
+    glance.state(checksum="0" * 32)
+    with pytest.raises(VerificationFailed):
+        glance.convert(tmp_path / "c.vhdx")
+
+
+@pytest.mark.parametrize("confined", [False, True], ids=["", "confined"])
+@pytest.mark.parametrize("stated", ["raw", "vhd", "vhdx"])
+def test_content_in_another_format_than_stated_is_refused(
+    no_leftovers: Path, glance: FakeGlance, stated: str, confined: bool
+) -> None:
+    glance.state(disk_format=stated)
+    with pytest.raises(UnsafeImage) as caught:
+        glance.convert(no_leftovers / "disk.raw", confined=confined)
+    assert caught.value.rule == "format-mismatch"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"status": "queued"}, SourceError),
+        ({"disk_format": "ami"}, UnsupportedFeature),
+        ({"container_format": "docker"}, UnsupportedFeature),
+        ({"size": 5}, SourceError),
+        ({"id": None, "status": None}, SourceError),
+    ],
+    ids=["queued", "ami", "docker", "size", "nothing"],
+)
+def test_what_cannot_be_read_is_said(
+    no_leftovers: Path, glance: FakeGlance, changes: dict[str, Any], error: type[Exception]
+) -> None:
+    glance.state(**changes)
+    with pytest.raises(error):
+        glance.convert(no_leftovers / "disk.vhdx")
+
+
+def test_exit_codes(glance: FakeGlance, no_leftovers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = ["--glance-url", glance.site.address]
+    assert run(["info", "glance:debian", *at]) == 0
+    assert run(["info", "glance:none", *at]) == 10
+    assert run(["info", "glance:two", *at]) == 10
+    assert "give the id" in capsys.readouterr().err
+    glance.site.fault = only(range(1000), answers(503))
+    assert run(["info", "glance:debian", *at]) == ToolError.exit_code
+    glance.site.fault = None
+
+    def deleted(number: int, answer: Any) -> None:
+        if glance.site.paths[-1].endswith("/file"):
+            answers(404)(answer)
+
+    glance.site.fault = deleted
+    assert run(["convert", "glance:debian", str(no_leftovers / "disk.vhdx"), *at]) == 10
