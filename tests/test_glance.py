@@ -13,6 +13,7 @@ import pytest
 import imagekit
 from imagekit.cli.app import run
 from imagekit.errors import SourceError, ToolError, UnsafeImage, UnsupportedFeature, VerificationFailed
+from imagekit.report import Report
 from tests.test_remote import image
 from tests.web import Site, answers, only, serve
 
@@ -47,7 +48,7 @@ class FakeGlance:
             f"/v2/images/{ID}/file": image(),
         }
 
-    def convert(self, target: Path, name: str = ID, **options: Any) -> imagekit.Report:
+    def convert(self, target: Path, name: str = ID, **options: Any) -> Report:
         return imagekit.convert(f"glance:{name}", target, glance_url=self.site.address, **options)
 
 
