@@ -104,13 +104,13 @@ def test_what_is_added_to_user_data_grows_its_lists_and_changes_none_of_its_valu
     ("distro", "package"),
     [
         ("debian", "hyperv-daemons"),
-        ("fedora", "hyperv-daemons"),
+        pytest.param("fedora", "hyperv-daemons", marks=pytest.mark.slow),
         ("rhel", "hyperv-daemons"),
-        ("almalinux", "hyperv-daemons"),
+        pytest.param("almalinux", "hyperv-daemons", marks=pytest.mark.slow),
         ("ubuntu", "linux-cloud-tools-virtual"),
         ("opensuse-leap", "hyper-v"),
-        ("opensuse-tumbleweed", "hyper-v"),
-        ("sles", "hyper-v"),
+        pytest.param("opensuse-tumbleweed", "hyper-v", marks=pytest.mark.slow),
+        pytest.param("sles", "hyper-v", marks=pytest.mark.slow),
     ],
 )
 def test_the_package_of_hyperv_s_daemons_is_that_of_the_distribution(
