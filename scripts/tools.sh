@@ -23,6 +23,8 @@ blkid                                   util-linux
 openssl                                 openssl
 ssh-keygen                              openssh-client
 sfdisk                                  fdisk
+debugfs                                 e2fsprogs
+file                                    file
 zip                                     zip
 xz                                      xz-utils
 bzip2                                   bzip2
@@ -35,6 +37,7 @@ mkfs.ext4                               e2fsprogs
 mkfs.xfs                                xfsprogs
 losetup                                 mount
 strace                                  strace
+cc                                      gcc
 "
 bench="$demo
 mkfs.ext4                               e2fsprogs
