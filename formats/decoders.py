@@ -84,12 +84,20 @@ def inflate_raw_zlib(data: Buffer, length: int) -> Buffer:
     return _exact(out, length, "deflate")
 
 
+MOST_FRAMES = 256
+"""Of one unit; writers make one."""
+
+
 def unzstd(data: Buffer, length: int) -> Buffer:
     """One or more zstd frames (RFC 8878) that together hold the unit."""
     decompressor, error_type, options = _zstd_parts()
     out = b""
     rest: Buffer = data
+    frames = 0
     while len(out) < length:
+        frames += 1
+        if frames > MOST_FRAMES:  # each costs a copy of what is left: empty ones would take for ever
+            raise CorruptImage(f"the zstd stream is of more than {MOST_FRAMES} frames")
         frame = decompressor(options=options)
         try:
             piece: bytes = frame.decompress(rest, max_length=length - len(out) + 1)
