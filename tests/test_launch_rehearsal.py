@@ -138,17 +138,8 @@ class TestWithQemu:
 
     def test_the_result_is_a_document(self, tiny: Path) -> None:
         document = json.loads(json.dumps(rehearse(tiny, accelerator="tcg").to_json()))
-        assert list(document) == [
-            "schema",
-            "backend",
-            "verdict",
-            "stage",
-            "evidence",
-            "console",
-            "screenshot",
-            "seconds",
-            "accelerator",
-        ]
+        promised = {"schema", "backend", "verdict", "stage", "evidence", "console", "screenshot", "seconds"}
+        assert promised | {"accelerator"} <= set(document)
         assert document["evidence"][-1]["line"] == "IMAGEKIT-BOOT-OK"
 
     def test_a_disk_with_one_wrong_byte_far_in_does_not_pass(
