@@ -331,7 +331,9 @@ def judged_by_us(path: Path) -> tuple[bool, bool]:
             problems = registry.find("qcow2").check(file)
         except ImagekitError:
             return True, False
-    return any(not one.leak for one in problems), any(one.leak for one in problems)
+    # Clusters that share places are no damage: `aliased` is a budget of our own, against images that only unfold.
+    damage = [one for one in problems if not one.leak and one.code != "aliased"]
+    return bool(damage), any(one.leak for one in problems)
 
 
 def assert_judged_alike(seeds: range, tmp_path: Path) -> None:
