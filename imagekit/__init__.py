@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from imagekit.errors import ImagekitError
     from imagekit.limits import Limits
+    from imagekit.uploads import upload
 
 __version__ = "0.1.0"
 
@@ -50,11 +51,13 @@ __all__ = [
     "prepare",
     "rebase",
     "resize",
+    "upload",
 ]
 
 _HOMES = dict.fromkeys(__all__, "imagekit.api") | {
     "ImagekitError": "imagekit.errors",
     "Limits": "imagekit.limits",
+    "upload": "imagekit.uploads",
 }
 
 

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
@@ -22,13 +22,14 @@ from imagekit.changes import apply as apply_changes
 from imagekit.conversion import at_hand, convert_image, planned, reading, target_format
 from imagekit.errors import SourceError, UnsupportedFeature, UsageError
 from imagekit.formats import registry
-from imagekit.formats.base import AS_IS, JSON, DiskImage, ImageInfo, Problem
+from imagekit.formats.base import AS_IS, JSON, DiskImage
 from imagekit.formats.files import LocalFile
 from imagekit.plan import ConvertOptions
 from imagekit.profiles import apply_profile
 from imagekit.progress import Callback, Control
 from imagekit.remote import file_name, is_fetched
 from imagekit.report import SCHEMA, Report
+from imagekit.results import CheckResult, Comparison, Inspection
 from imagekit.sources import Reading, located, open_source
 from imagekit.verify import first_difference
 
@@ -53,47 +54,6 @@ READING_OPTIONS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """What ``info`` found: the headers' facts and the policy's findings. Sizes in bytes."""
-
-    filename: str
-    info: ImageInfo
-    file_size: int
-    actual_size: int
-    findings: tuple[policy.Finding, ...]
-    chain: tuple[tuple[str, ImageInfo], ...] = ()
-    """With ``follow_references``: file name and headers of all that lies below, the nearest first."""
-
-    confinement: tuple[str, ...] = ()
-    """With ``confined``: what held the process that read the image."""
-
-    def to_json(self) -> dict[str, JSON]:
-        info = self.info
-        out: dict[str, JSON] = {
-            "schema": SCHEMA,
-            "filename": self.filename,
-            "format": info.format,
-            "subformat": info.subformat,
-            "virtual-size": info.virtual_size,
-            "file-size": self.file_size,
-            "actual-size": self.actual_size,
-            "block-size": info.block_size,
-            "features": dict(info.features),
-            "findings": [finding.to_json() for finding in self.findings],
-            "confinement": list(self.confinement),
-        }
-        for reference in info.references:
-            key = "backing-filename" if reference.kind != "data-file" else "data-filename"
-            out[key] = reference.name
-        if self.chain:
-            out["chain"] = [
-                {"filename": name, "format": info.format, "virtual-size": info.virtual_size}
-                for name, info in self.chain
-            ]
-        return out
-
-
 def info(
     image: PathLike,
     *,
@@ -109,7 +69,7 @@ def info(
     also judges what only a pass over all tables can show. With ``confined`` a process that can do nothing else reads
     the image (imagekit.confined).
     """
-    asked = _reading_options(format, options)
+    asked = reading_options(format, options)
     if confined:
         from imagekit import confined as confinement
 
@@ -157,13 +117,14 @@ def open_image(image: PathLike, *, format: str | None = None, **options: Any) ->
 
 def _reading(format: str | None, options: Mapping[str, Any]) -> Reading:
     """How to open a source, from the keywords of a function that only reads."""
-    return reading(_reading_options(format, options))
+    return reading(reading_options(format, options))
 
 
-def _reading_options(format: str | None, options: Mapping[str, Any]) -> ConvertOptions:
+def reading_options(format: str | None, options: Mapping[str, Any]) -> ConvertOptions:
+    """The same of a function that only reads."""
     if wrong := sorted(set(options) - set(READING_OPTIONS)):
         raise UsageError(f"unknown options: {', '.join(wrong)}", hint=f"options: {', '.join(READING_OPTIONS)}")
-    return _options({"source_format": format, **options})
+    return make_options({"source_format": format, **options})
 
 
 def convert(
@@ -181,7 +142,7 @@ def convert(
     source's name, with the suffix of its format, in the working directory.
     """
     control = Control(progress, cancel)
-    asked = _options(options)
+    asked = make_options(options)
     if profile is not None:
         asked = apply_profile(profile, asked)
     if target is None:
@@ -202,7 +163,8 @@ def default_target(source: PathLike, options: ConvertOptions) -> Path:
     return Path(file_name(source)).with_suffix(registry.find(options.target_format).suffixes[0])
 
 
-def _options(values: Mapping[str, Any]) -> ConvertOptions:
+def make_options(values: Mapping[str, Any]) -> ConvertOptions:
+    """The options that keywords are; UsageError for what none is called."""
     known = {field.name for field in fields(ConvertOptions)}
     if unknown := sorted(set(values) - known):
         raise UsageError(f"unknown options: {', '.join(unknown)}", hint=f"options: {', '.join(sorted(known))}")
@@ -229,7 +191,7 @@ def measure(
 
     ``exact``, or, for a compressed target, the most that it can have.
     """
-    asked = _options({**options, "target_format": format})
+    asked = make_options({**options, "target_format": format})
     if profile is not None:
         asked = apply_profile(profile, asked)
     chosen = target_format("", asked)
@@ -243,18 +205,6 @@ def measure(
             "data-bytes": plan.data_bytes,
             "format": plan.target_format,
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Whether two images hold the same; ``offset`` is the guest offset of the first difference."""
-
-    same: bool
-    offset: int | None
-    reason: str
-
-    def to_json(self) -> dict[str, JSON]:
-        return {"schema": SCHEMA, "same": self.same, "offset": self.offset, "reason": self.reason}
 
 
 def compare(
@@ -290,34 +240,6 @@ def compare(
         return Comparison(False, at, f"the content differs at guest offset {at:#x}")
     tail = "" if sizes[0] == sizes[1] else f"; one disk is {abs(sizes[0] - sizes[1])} bytes longer, all zero"
     return Comparison(True, None, f"the content is the same{tail}")
-
-
-@dataclass(frozen=True, slots=True)
-class CheckResult:
-    """What a check of the structure found, and what was mended."""
-
-    filename: str
-    format: str
-    problems: tuple[Problem, ...]
-    repaired: bool = False
-
-    @property
-    def sound(self) -> bool:
-        """Nothing but leaks, which only waste room."""
-        return all(problem.leak for problem in self.problems)
-
-    def to_json(self) -> dict[str, JSON]:
-        return {
-            "schema": SCHEMA,
-            "filename": self.filename,
-            "format": self.format,
-            "sound": self.sound,
-            "repaired": self.repaired,
-            "problems": [
-                {"code": one.code, "message": one.message, "offset": one.offset, "leak": one.leak}
-                for one in self.problems
-            ],
-        }
 
 
 def check(image: PathLike, *, format: str | None = None, repair: bool = False) -> CheckResult:
@@ -358,7 +280,7 @@ def create(target: PathLike, size: int | None = None, **options: Any) -> DiskRep
     """
     from imagekit.disks import create_disk
 
-    return create_disk(target, size, _options(options))
+    return create_disk(target, size, make_options(options))
 
 
 def resize(
@@ -373,7 +295,7 @@ def resize(
     """Give a disk another virtual size in place; smaller only with ``shrink`` and where only zeros are lost."""
     from imagekit.disks import resize_disk
 
-    return resize_disk(image, size, _options(options), shrink=shrink, control=Control(progress, cancel))
+    return resize_disk(image, size, make_options(options), shrink=shrink, control=Control(progress, cancel))
 
 
 def merge(
@@ -388,7 +310,7 @@ def merge(
 
     Needs ``follow_references=True``: the child decides which files are read, or written to.
     """
-    control, asked = Control(progress, cancel), _options(options)
+    control, asked = Control(progress, cancel), make_options(options)
     if target is None:
         from imagekit.disks import merge_into_parent
 
@@ -400,14 +322,14 @@ def rebase(child: PathLike, parent: PathLike, **options: Any) -> DiskReport:
     """Make a differencing disk name another file as its parent, the same disk unless ``ignore_parent_id``."""
     from imagekit.disks import rebase_disk
 
-    return rebase_disk(child, parent, _options(options))
+    return rebase_disk(child, parent, make_options(options))
 
 
 def identify(image: PathLike, identifier: UUID | str, **options: Any) -> DiskReport:
     """Give a VHD or VHDX another id, in place; its content stays. For a copy that is to be a disk of its own."""
     from imagekit.disks import identify_disk
 
-    return identify_disk(image, UUID(str(identifier)), _options(options))
+    return identify_disk(image, UUID(str(identifier)), make_options(options))
 
 
 def build_config_drive(
@@ -511,7 +433,7 @@ def prepare(
     from imagekit.media import Packing
 
     conversion = {key: guest.pop(key) for key in _CONVERSION if key in guest}
-    options = _options({"verify": "content", **conversion})
+    options = make_options({"verify": "content", **conversion})
     made = make_guest(spec, default_name=name_for(image), **guest)
     packing = Packing.choose(media, disk, partition)
     encrypted = hand_over(made, password_out, sync=options.sync)

@@ -175,9 +175,6 @@ def reading(options: ConvertOptions, *, scratch: Path | None = None, deep: bool 
     """
     following = Following(options.parent_map, options.ignore_parent_id) if options.follow_references else None
     view = OpenOptions(snapshot=options.snapshot, size_from=options.size_from)
-    access = remote.Access(
-        options.redirect_hosts, options.http_timeout, options.checksum, options.glance_url, options.os_cloud
-    )
     return Reading(
         options.source_format,
         options.allow,
@@ -186,8 +183,15 @@ def reading(options: ConvertOptions, *, scratch: Path | None = None, deep: bool 
         scratch,
         options.limits,
         deep=deep,
-        access=access,
+        access=access_to(options),
         stated=options.stated_format,
+    )
+
+
+def access_to(options: ConvertOptions) -> remote.Access:
+    """How what lies elsewhere may be reached."""
+    return remote.Access(
+        options.redirect_hosts, options.http_timeout, options.checksum, options.glance_url, options.os_cloud
     )
 
 

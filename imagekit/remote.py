@@ -19,6 +19,7 @@ from imagekit.progress import SILENT, Control
 
 if TYPE_CHECKING:
     from imagekit.checksums import Checksum
+    from imagekit.glance import Glance
     from imagekit.remote_file import RemoteFile
     from imagekit.remote_http import HttpOptions
 
@@ -46,6 +47,14 @@ class Access:
         from imagekit.remote_http import HttpOptions
 
         return HttpOptions(self.redirect_hosts, self.timeout)
+
+    def glance(self) -> Glance:
+        """The image service that is meant."""
+        from imagekit.glance import Glance
+
+        if self.glance_url is not None:
+            return Glance.at(self.glance_url, timeout=self.timeout)
+        return Glance.of_cloud(self.os_cloud, timeout=self.timeout)
 
 
 NO_ACCESS = Access()
@@ -119,13 +128,9 @@ def open_named(
 def _open_glance(source: str, access: Access, *, folder: Path | None, following: bool, control: Control) -> Opened:
     """An image of Glance: all of it is fetched and hashed before anything is parsed."""
     _refuse_following(following)
-    from imagekit.glance import Glance
     from imagekit.remote_file import RemoteFile
 
-    if access.glance_url is not None:
-        service = Glance.at(access.glance_url, timeout=access.timeout)
-    else:
-        service = Glance.of_cloud(access.os_cloud, timeout=access.timeout)
+    service = access.glance()
     image = service.find(source[len(GLANCE) :])
     image.check_readable()
     options = replace(access.http(), headers=service.headers, context=service.context)

@@ -177,7 +177,7 @@ BAD_INPUT = {
         12,
         "UnsupportedFeature",
     ),
-    "a command to come": (["upload", "disk.vhd"], 12, "UnsupportedFeature"),
+    "no target in Glance": (["upload", "disk.vhd"], 2, "UsageError"),
     "no check for raw": (["check", "disk.raw"], 12, "UnsupportedFeature"),
     "another host": (["boot", ".", "--on", "xen"], 2, "UsageError"),
     "no bundle for a host": (["boot", ".", "--on", "hyperv"], 10, "SourceError"),

@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "disks": ("create", "resize", "merge", "rebase"),
     "guests": ("configdrive", "prepare", "boot", "demo"),
     "batch": ("batch",),
+    "uploads": ("upload",),
 }
 """Module of imagekit.cli → its commands, in the order of the help."""
 

@@ -27,6 +27,7 @@ from imagekit.cli.options import (
 )
 from imagekit.cli.sizes import short_size, show_size
 from imagekit.cli.ui import Ui, refuse_from_environment, table
+from imagekit.cli.upload_options import describe_upload, show_upload, upload_fields
 from imagekit.conversion import NOT_CONFINED
 from imagekit.errors import CorruptImage, UsageError
 from imagekit.limits import Limits
@@ -228,7 +229,7 @@ def measure(
 
 
 @app.command()
-@command(allow=allowed, reading=reading, remote=remote, made=target, limits=limits)
+@command(allow=allowed, reading=reading, remote=remote, made=target, limits=limits, image=upload_fields)
 def convert(
     ui: Ui,
     source: Image,
@@ -237,6 +238,7 @@ def convert(
     remote: dict[str, Any],
     made: dict[str, Any],
     limits: Limits,
+    image: dict[str, Any],
     target: Annotated[
         str | None,
         typer.Argument(metavar="[TARGET]", help="The file to write; may be left out with --for.", show_default=False),
@@ -257,6 +259,12 @@ def convert(
     preallocate: Annotated[bool, typer.Option("--preallocate", help="Leave no holes in the file.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     confined: Confined = False,
+    upload: Annotated[
+        str | None,
+        typer.Option(
+            "--upload", metavar="glance:NAME", help="Send the result to Glance; without a TARGET no file stays here."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     no_sync: NoSync = False,
     jobs: Jobs = None,
@@ -267,29 +275,41 @@ def convert(
     keep_freed_memory()
     if show:
         ui.progress = "bar" if ui.progress == "auto" else ui.progress
-    report = api.convert(
-        source,
-        target,
-        profile=profile,
-        source_format=format,
-        size=size,
-        align=align,
-        fix_gpt=fix_gpt,
-        verify=verify,
-        preallocate=preallocate,
-        dry_run=dry_run,
-        confined=confined,
-        limits=limits,
-        overwrite=overwrite,
-        sync=not no_sync,
-        jobs=jobs,
-        allow=allow,
-        progress=ui.callback(),
+    options: dict[str, Any] = {
+        "profile": profile,
+        "source_format": format,
+        "size": size,
+        "align": align,
+        "fix_gpt": fix_gpt,
+        "verify": verify,
+        "preallocate": preallocate,
+        "dry_run": dry_run,
+        "confined": confined,
+        "limits": limits,
+        "overwrite": overwrite,
+        "sync": not no_sync,
+        "jobs": jobs,
+        "allow": allow,
+        "progress": ui.callback(),
         **reading,
         **remote,
         **made,
+    }
+    if upload is None:
+        if image:
+            raise UsageError("what is said about an image in Glance needs --upload glance:NAME")
+        show_report(ui, api.convert(source, target, **options))
+        return
+    from imagekit.uploads import convert_and_upload
+
+    report, found = convert_and_upload(source, target, upload, **options, **image)
+    for note in report.notes:
+        ui.say(f"note: {note}")
+    show_upload(ui, found)
+    ui.result(
+        {**report.to_json(), "upload": found.to_json()},
+        lambda: f"{describe_report(report)}\n{describe_upload(found)}",
     )
-    show_report(ui, report)
 
 
 def show_report(ui: Ui, report: Report) -> None:

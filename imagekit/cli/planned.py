@@ -2,7 +2,5 @@
 
 from __future__ import annotations
 
-COMMANDS = frozenset(
-    ("upload",),
-)
+COMMANDS: frozenset[str] = frozenset()
 OPTIONS: dict[str, frozenset[str]] = {}
