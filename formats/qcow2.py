@@ -72,6 +72,7 @@ from imagekit.formats.qcow2_l2 import (
     SUBCLUSTERS,
     UNALLOCATED,
     ZERO,
+    compressed_offset_mask,
     decode_l2,
 )
 from imagekit.formats.qcow2_snapshots import Snapshot, as_header, find_snapshot, read_snapshots
@@ -408,8 +409,9 @@ class Qcow2Image(DiskImage):
         """Offsets and available bytes of compressed clusters, from their descriptors."""
         import numpy as np
 
-        shift = 62 - (self.header.cluster_bits - 8)
-        offsets = descriptors & np.uint64((1 << shift) - 1)
+        mask = compressed_offset_mask(self.header)
+        shift = mask.bit_length()
+        offsets = descriptors & np.uint64(mask)
         sectors = (descriptors & np.uint64(COMPRESSED_FLAG - 1)) >> np.uint64(shift)
         lengths = (sectors + np.uint64(1)) * np.uint64(512) - (offsets & np.uint64(511))
         return offsets.astype(np.int64), lengths.astype(np.int64)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
-from imagekit.formats.base import Problem, Reference, round_up
+from imagekit.formats.base import SECTOR, Problem, Reference, round_up
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.qcow2 import Qcow2Image
 from imagekit.formats.qcow2_claims import COPIED, Claim, Walk
@@ -38,6 +38,8 @@ LISTED = 100
 """Problems listed one by one, of damage and of leaks each."""
 MOST_DEFLATED = 1100
 """Bytes that one byte of a deflate stream can stand for are 1032; more means that clusters share their streams."""
+MOST_COMPARED = 1 << 20
+"""Compressed clusters whose places are compared with one another across tables: 8 MiB of numbers."""
 MAX_DISK = 1 << 63
 
 
@@ -93,9 +95,13 @@ def _read_through(image: Qcow2Image, found: Found) -> None:
 
 
 class Found:
-    """The problems: the first of each kind one by one, the rest as a number."""
+    """The problems: the first of all and of each kind one by one, the rest as a number.
+
+    However many there are of one kind, another one is seen: what is harmless must not hide what is not.
+    """
 
     def __init__(self) -> None:
+        self._seen = set[str]()
         self._listed: dict[bool, list[Problem]] = {False: [], True: []}
         self._total = {False: 0, True: 0}
 
@@ -119,7 +125,10 @@ class Found:
         """A problem for each of some numbered things; only those that are listed are put into words."""
         listed = self._listed[leak]
         self._total[leak] += len(entries)
-        for entry in map(int, entries[: LISTED - len(listed)]):
+        room = max(LISTED - len(listed), int(code not in self._seen))
+        if len(entries):
+            self._seen.add(code)
+        for entry in map(int, entries[:room]):
             listed.append(Problem(code, what(entry), at + entry * step, leak))
 
     def problems(self) -> list[Problem]:
@@ -184,16 +193,25 @@ class Counting:
 
         walk = self._walk
         tables, times = np.unique(walk.l1_places[walk.l1_places >= 0], return_counts=True)
-        plain = compressed = 0
-        repeated = False
+        plain = streams = stored = 0
+        starts, repeated = np.empty(0, dtype=np.int64), False
         for offset, count in zip(tables.tolist(), times.tolist(), strict=True):
             table = walk.l2_table(offset)
             plain += len(table.plain) * count * walk.cluster
-            compressed += len(table.compressed) * count * walk.cluster
-            repeated |= len(np.unique(table.compressed)) < len(table.compressed)
+            streams += len(table.compressed) * count
+            stored += int(table.lengths.sum()) * count
+            # Among the first ones none may be there twice; how much all of them can be is counted in any case.
+            kept = starts if len(starts) < MOST_COMPARED else starts[:0]
+            seen = np.concatenate((kept, table.compressed))
+            unique = np.unique(seen)
+            repeated |= len(unique) < len(seen)
+            starts = unique if len(starts) < MOST_COMPARED else starts
         room = round_up(walk.size, walk.cluster)
-        if repeated or plain > room or compressed > room * MOST_DEFLATED:
-            message = f"a file of {walk.size} bytes holds {plain + compressed} bytes in clusters that share places"
+        inflated = streams * walk.cluster
+        # An entry counts sectors, so it says up to one more than its stream needs.
+        most_stored = room + streams * SECTOR
+        if repeated or plain > room or inflated > room * MOST_DEFLATED or stored > most_stored:
+            message = f"a file of {walk.size} bytes holds {plain + inflated} bytes in clusters that share places"
             self._found.add("aliased", message, walk.header.l1_offset)
 
     def windows(self) -> Iterator[Window]:

@@ -30,6 +30,11 @@ UNALLOCATED, ZERO, PLAIN, COMPRESSED = range(4)
 SUBCLUSTERS = 32
 
 
+def compressed_offset_mask(header: Qcow2Header) -> int:
+    """The bits of a compressed cluster's descriptor that say where its stream starts; above them is its length."""
+    return (1 << (62 - (header.cluster_bits - 8))) - 1
+
+
 class L2(NamedTuple):
     """One decoded L2 table: an item a cluster, or a subcluster with extended L2 entries."""
 
@@ -48,7 +53,7 @@ def decode_l2(raw: bytes, header: Qcow2Header, file: File, at: int) -> L2:
         kinds, offsets = _decode_extended(pairs, header, file, at)
         return L2(kinds, offsets, pairs[:, 0])
     compressed = (words & np.uint64(COMPRESSED_FLAG)) != 0
-    _check_compressed(compressed, header, file, at)
+    _check_compressed(compressed, words, header, file, at)
     offsets = np.where(compressed, np.uint64(0), words & np.uint64(OFFSET_MASK))
     kinds = np.where(_placed(words, offsets, header), PLAIN, UNALLOCATED).astype(np.uint8)
     kinds[(words & np.uint64(ZERO_FLAG)) != 0] = ZERO
@@ -84,7 +89,7 @@ def _decode_extended(
     bits = np.unpackbits(bitmaps.astype("<u8").view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
     allocated, zero = bits[:, :SUBCLUSTERS] != 0, bits[:, SUBCLUSTERS:] != 0
     compressed = (descriptors & np.uint64(COMPRESSED_FLAG)) != 0
-    _check_compressed(compressed, header, file, at)
+    _check_compressed(compressed, descriptors, header, file, at)
     offsets = np.where(compressed, np.uint64(0), descriptors & np.uint64(OFFSET_MASK))
     placed = _placed(descriptors, offsets, header)
     lost = (allocated & zero).any(axis=1) | (allocated.any(axis=1) & ~placed)
@@ -123,10 +128,23 @@ def _check_plain(offsets: Table, plain: NDArray[Any], header: Qcow2Header, file:
         )
 
 
-def _check_compressed(compressed: NDArray[Any], header: Qcow2Header, file: File, at: int) -> None:
+def _check_compressed(compressed: NDArray[Any], descriptors: Table, header: Qcow2Header, file: File, at: int) -> None:
+    import numpy as np
+
     if header.external_data and compressed.any():
         raise CorruptImage(
             "a compressed cluster in an image whose data lies in another file",
             path=file.name,
             offset=at + int(compressed.argmax()) * header.l2_entry_size,
+        )
+    # A stream may end before its last sector does, so only where it starts can be judged here.
+    starts = descriptors & np.uint64(compressed_offset_mask(header))
+    entries = np.flatnonzero(compressed & (starts >= np.uint64(file.size)))
+    if len(entries):
+        entry = int(entries[0])
+        raise CorruptImage(
+            f"a compressed cluster starts at {int(starts[entry]):#x}, behind the file's end {file.size:#x}",
+            hint="the file looks damaged or truncated; fetch it again and compare its checksum",
+            path=file.name,
+            offset=at + entry * header.l2_entry_size,
         )

@@ -225,11 +225,14 @@ def check(image: VdiImage) -> list[Problem]:
     import numpy as np
 
     header, problems, total = image.header, list[Problem](), 0
+    found = {"outside": 0, "overlap": 0}
     room = max(0, -(-(image.file.size - header.data_offset) // header.block_size))
     taken = _Taken(min(room, header.blocks))
 
     def report(code: str, blocks: NDArray[np.int64], what: str) -> None:
-        for block in blocks[: LISTED - len(problems)].tolist():
+        room = max(LISTED - len(problems), int(not found[code]))  # none of one kind hides those of another
+        found[code] += len(blocks)
+        for block in blocks[:room].tolist():
             problems.append(Problem(code, f"block {block} {what}", header.map_offset + block * 4))
 
     for number in range(-(-header.blocks // WINDOW)):
@@ -242,8 +245,8 @@ def check(image: VdiImage) -> list[Problem]:
         inside = slots < taken.blocks
         report("outside", blocks[~inside], f"lies behind the {taken.blocks} blocks that the data can have")
         report("overlap", blocks[inside][taken.again(slots[inside])], "lies where another one lies")
-        if len(problems) >= LISTED:
-            return [*problems, Problem("more", "and perhaps more blocks")]
+    if sum(found.values()) > len(problems):
+        return [*problems, Problem("more", f"and {sum(found.values()) - len(problems)} more blocks")]
     if total != header.blocks_allocated:
         what = f"the header counts {header.blocks_allocated} blocks, the block map {total}"
         problems.append(Problem("block-count", what, 388))

@@ -7,10 +7,12 @@ copies of the footer and the names of the parent have wrong. The parent itself i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
-from imagekit.formats.base import SECTOR, Barrier, Change, File, MiB, Problem, Truncate, Write, round_up
-from imagekit.formats.vhd import Footers, VhdImage
-from imagekit.formats.vhd_header import FIXED
+from imagekit.formats.base import SECTOR, Barrier, Change, File, MiB, Problem, Truncate, Write, read_exactly, round_up
+from imagekit.formats.vhd import WINDOW, Footers, VhdImage
+from imagekit.formats.vhd_header import FIXED, NOT_ALLOCATED
 from imagekit.formats.vhd_space import end_of_claims, footer_place, is_aligned, is_zero
 
 _DAMAGE = {
@@ -22,7 +24,7 @@ _DAMAGE = {
     "parent-locator-damaged",
     "parent-unnamed",
 }
-MOST_OVERLAPS = 100
+MOST_OVERLAPS = MOST_OUTSIDE = 100
 """A table full of them gives a list that can still be read."""
 MOST_ZEROS = 16 * MiB
 """Bytes behind the last block that a repair reads, to know that nothing is there."""
@@ -32,7 +34,7 @@ def check(image: VhdImage) -> list[Problem]:
     """Everything wrong with the structure."""
     facts = image.info().facts
     problems = [Problem(fact.code, fact.message, fact.offset) for fact in facts if fact.code in _DAMAGE]
-    return problems if image.dynamic is None else problems + _overlaps(image)
+    return problems if image.dynamic is None else [*problems, *_overlaps(image), *_spare(image)]
 
 
 def _overlaps(image: VhdImage) -> list[Problem]:
@@ -62,6 +64,27 @@ def _overlaps(image: VhdImage) -> list[Problem]:
         where = header.bat_offset + 4 * int(blocks[index]) if index < len(blocks) else int(starts[at])
         problems.append(Problem("overlap", message, where))
     return problems
+
+
+def _spare(image: VhdImage) -> Iterator[Problem]:
+    """Entries past the disk's end that lead out of the file: no guest follows them, a disk that is grown would."""
+    import numpy as np
+
+    header = image.dynamic
+    assert header is not None
+    used = -(-image.virtual_size // header.block_size)
+    length, listed = header.bitmap_size + header.block_size, 0
+    for first in range(used, header.max_entries, WINDOW):
+        count = min(WINDOW, header.max_entries - first) * 4
+        raw = read_exactly(image.file, header.bat_offset + first * 4, count, "the BAT")
+        sectors = np.frombuffer(raw, ">u4").astype(np.int64)
+        outside = (sectors != NOT_ALLOCATED) & (sectors * SECTOR + length > image.footers.data_end)
+        for at in np.flatnonzero(outside)[: MOST_OUTSIDE - listed].tolist():
+            message = f"block {first + at}, past the disk's end, should lie at {int(sectors[at]) * SECTOR:#x}"
+            yield Problem("outside", message, header.bat_offset + (first + at) * 4)
+            listed += 1
+        if listed == MOST_OUTSIDE:
+            return
 
 
 def repair(file: File) -> list[Change]:

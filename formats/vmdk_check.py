@@ -28,8 +28,29 @@ def check(image: SparseImage | DescriptorImage) -> list[Problem]:
     problems = [Problem(one.code, one.message, one.offset) for one in facts if one.code not in _NOT_DAMAGE]
     if isinstance(image, SparseImage):
         walk = _Walk(image)
-        problems += [*walk.markers, *walk.overlaps()]
+        problems += [*walk.markers, *walk.overlaps(), *_spare(image)]
     return problems
+
+
+def _spare(image: SparseImage) -> list[Problem]:
+    """Entries of the last grain table past the disk's end that lead out of the file: no guest follows them."""
+    import numpy as np
+
+    layout, last = image.layout, image.layout.tables - 1
+    used = layout.grains - last * layout.per_table
+    place = int(image.tables.directory(last, 1)[0]) if last >= 0 else 0
+    if not place or layout.width == 8:  # an SESparse entry is a number of a grain, with flags
+        return []
+    words = image.tables.read_tables(np.array([place], np.int64))[used:].astype(np.int64)
+    wrong = np.flatnonzero(words * SECTOR >= image.file.size)[:LISTED].tolist()
+    return [
+        Problem(
+            "outside",
+            f"grain {layout.grains + at}, past the disk's end, should lie at {int(words[at]) * SECTOR:#x}",
+            place + (used + at) * layout.width,
+        )
+        for at in wrong
+    ]
 
 
 class _Walk:

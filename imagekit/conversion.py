@@ -143,7 +143,7 @@ def planned(
                 limits=options.limits,
                 control=control,
             )
-        options.limits.check("output_bytes", bytes_to_write(plan, options), "the target would take")
+            options.limits.check("output_bytes", bytes_to_write(plan, options), "the target would take")
         yield PlannedConversion(opened, image, plan, parent)
 
 

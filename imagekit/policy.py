@@ -160,6 +160,21 @@ RULES: dict[str, Rule] = {
             allowable=True,
         ),
         Rule(
+            "outside-file",
+            Severity.REFUSE,
+            "a table that says where there is nothing may lead another program anywhere",
+            hint="a file cut short looks like that too: fetch it again and compare its checksum; "
+            "--allow outside-file reads it all the same",
+            allowable=True,
+        ),
+        Rule(
+            "unchecked",
+            Severity.REFUSE,
+            "what no check could go through may hide anything",
+            hint="where its origin is trusted: --allow unchecked",
+            allowable=True,
+        ),
+        Rule(
             "amplification",
             Severity.REFUSE,
             "a disk whose clusters share their places is larger than anybody has room for",
@@ -291,10 +306,15 @@ def judge_limits(info: ImageInfo, limits: Limits) -> Iterator[Finding]:
             yield finding(f"limit-{shown(name)}", f"{what} {value} bytes, at most {most} are allowed")
 
 
-PROBLEMS = {"overlap": "overlap", "aliased": "amplification"}
+PROBLEMS = {
+    "overlap": "overlap",
+    "aliased": "amplification",
+    **dict.fromkeys(("outside", "unaligned", "too-large", "bat-entry"), "outside-file"),
+}
 """What a check of the structure finds, by its code, and the rule that refuses it.
 
-A pointer out of the file is no rule's matter: where a guest reads, reading refuses it; elsewhere it is a finding."""
+Where a guest reads, reading refuses a pointer out of the file first; the rule is for the tables that no guest needs.
+Wrong refcounts are none of this: they harm nobody who only reads."""
 
 
 def judge_structure(problems: Iterable[Problem]) -> Iterator[Finding]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from imagekit import policy, remote
-from imagekit.errors import CorruptImage, ImagekitError, SourceError, UnsafeImage, UnsupportedFeature
+from imagekit.errors import CorruptImage, ImagekitError, InvalidImage, SourceError, UnsafeImage, UnsupportedFeature
 from imagekit.formats import registry
 from imagekit.formats.base import AS_IS, DiskFormat, DiskImage, File, OpenOptions, Reference, Resolver
 from imagekit.formats.files import FileIdentity, LocalFile, nameless
@@ -267,21 +267,39 @@ def _judged(file: LocalFile, reading: Reading, above: tuple[FileIdentity, ...] =
 
 
 def _structure(chosen: DiskFormat, file: LocalFile, image: DiskImage, *, refuse: bool) -> list[policy.Finding]:
-    """What the format's own check says of the whole file."""
+    """What the format's own check says of the whole file. That it cannot say anything is a finding as well."""
+    if type(chosen).check is DiskFormat.check:
+        return []  # it has no tables
     try:
         with located(file):
             found = list(policy.judge_structure(chosen.check(file)))
-    except UnsupportedFeature:
-        return []  # no tables, or none that can be understood: reading will tell
-    except ImagekitError as error:
-        # Where a guest reads, reading says it better.
-        return [] if refuse else [policy.finding("structure", error.message, error.offset)]
-    if refuse and any(one.severity is policy.Severity.REFUSE for one in found):
-        # Damage that a guest would meet is damage first, and no matter of policy.
-        with located(file), suppress(UnsupportedFeature):
+    except (CorruptImage, InvalidImage, UnsupportedFeature) as error:
+        found = [policy.finding("unchecked", error.message, error.offset)]
+    if all(one.severity is not policy.Severity.REFUSE for one in found):
+        return found
+    # Damage that a guest would meet is damage first, and no matter of policy.
+    damage = _damage_to_a_guest(file, image)
+    if damage is None:
+        return found
+    if refuse:
+        raise damage
+    return [
+        *(one for one in found if one.rule != "unchecked"),
+        policy.finding("structure", damage.message, damage.offset),
+    ]
+
+
+def _damage_to_a_guest(file: LocalFile, image: DiskImage) -> ImagekitError | None:
+    """What reading the image's own tables ends with."""
+    try:
+        with located(file):
             for _ in islice(image.extents(), EXTENTS_LOOKED_AT):
                 pass
-    return found
+    except UnsupportedFeature as error:
+        return None if image.info().references else error  # what it refers to is not open yet
+    except (CorruptImage, InvalidImage) as error:
+        return error
+    return None
 
 
 def _check_chain(file: LocalFile, identity: FileIdentity, above: tuple[FileIdentity, ...]) -> None:

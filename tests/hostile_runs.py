@@ -135,8 +135,14 @@ def convert(source: Path, target: Path, *options: str) -> Ran:
     return run("convert", source, target, "--no-sync", *QUIET, *options)
 
 
-def allowing(entry: Hostile) -> Sequence[str]:
-    return () if entry.allow is None else ("--allow", entry.allow)
+def given(entry: Hostile) -> Sequence[str]:
+    """The options that the entry is about: what is allowed, and the limit that is set."""
+    allowed = () if entry.allow is None else ("--allow", entry.allow)
+    return (*allowed, *limit(entry))
+
+
+def limit(entry: Hostile) -> Sequence[str]:
+    return () if entry.limit is None else (f"--limit-{entry.limit[0]}", entry.limit[1])
 
 
 # --- memory ----------------------------------------------------------------------------------------------------
@@ -169,13 +175,12 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) * KiB for line in lines if line.startswith(f"{field}:"))
 
 
-def _take(path: Path, rule: str | None, out: Path) -> dict[str, Any]:
+def _take(path: Path, entry: Hostile, out: Path) -> dict[str, Any]:
     """One image in little memory, and what that took."""
     forget_peak()
     before = status("VmRSS")
-    options = () if rule is None else ("--allow", rule)
     with limited(BUDGET):
-        runs = run("info", path), convert(path, out / "target.raw", "-m", "1", *options)
+        runs = run("info", path), convert(path, out / "target.raw", "-m", "1", *given(entry))
     peak = status("VmHWM") - before
     made = (out / "target.raw").exists()
     (out / "target.raw").unlink(missing_ok=True)
@@ -188,7 +193,7 @@ def _take(path: Path, rule: str | None, out: Path) -> dict[str, Any]:
     }
 
 
-def _apart(path: Path, rule: str | None, out: Path) -> Any:
+def _apart(path: Path, entry: Hostile, out: Path) -> Any:
     """The same in a process of its own, as a command is: what one image leaves behind is not the next one's."""
     if sys.platform == "win32":
         raise RuntimeError("not there on Windows")
@@ -197,7 +202,7 @@ def _apart(path: Path, rule: str | None, out: Path) -> Any:
     if child == 0:
         signal.alarm(PATIENCE)
         try:
-            os.write(writing, json.dumps(_take(path, rule, out)).encode())
+            os.write(writing, json.dumps(_take(path, entry, out)).encode())
         finally:
             os._exit(0)
     os.close(writing)
@@ -222,7 +227,7 @@ def sweep(folder: Path) -> dict[str, Any]:
     found = {}
     for name, entry in entries.items():
         path = entry.made().write(folder / f"{name}{entry.suffix}")
-        found[name] = _apart(path, entry.allow, out)
+        found[name] = _apart(path, entry, out)
         path.unlink()
     return found
 

@@ -23,17 +23,20 @@ from fixtures.hostile.__main__ import BEGIN, README, table, write
 from imagekit import policy
 from imagekit.errors import TargetError
 from imagekit.formats.base import MiB
-from tests.hostile_runs import INTERNAL, ROOT, Opened, Ran, allowing, convert, limited, run
+from tests.hostile_runs import INTERNAL, ROOT, Opened, Ran, convert, given, limit, limited, run
 
 CORPUS = corpus()
 LIGHT = {name: one for name, one in CORPUS.items() if not one.heavy}
 SOUND = {name: one for name, one in LIGHT.items() if one.verdict == "sound"}
 REFUSED = {name: one for name, one in LIGHT.items() if one.verdict == "refused"}
-CHECKED = {name: one for name, one in LIGHT.items() if one.verdict == "checked"}
+TOLERATED = {name: one for name, one in LIGHT.items() if one.verdict == "tolerated"}
 NOTED = {name: one for name, one in LIGHT.items() if one.verdict == "noted"}
 
 SECONDS = 1.0
 """Of processors, for one command."""
+
+SEEN_WHEN_READ = ("l_output", "l_memory_plan")
+"""What a conversion would write and plan; a look does neither."""
 
 LOOKED = {0, 11, 12, 13}
 """Exit codes of commands that only look."""
@@ -97,7 +100,7 @@ def _is_ours(opened: Opened, out: Path | None, packed: bool) -> bool:
 
 def test_the_corpus_has_lies_of_every_format_every_class_and_every_verdict() -> None:
     assert len(CORPUS) >= 600
-    assert {name[0] for name in CORPUS} == set("vxqmdpnws")
+    assert {name[0] for name in CORPUS} == set("vxqmdpnwsl")
     assert {one.kind for one in CORPUS.values()} == set(CLASSES)
     for letter in "vxqmdw":
         assert len([name for name in REFUSED if name.startswith(letter)]) > 40
@@ -168,7 +171,7 @@ def test_nothing_is_made_of_it(entry: Hostile, image: Path, out: Path) -> None:
 
 
 def _assert_refused(entry: Hostile, image: Path, out: Path, target: Path, *, seconds: float = SECONDS) -> None:
-    ran = convert(image, target, *allowing(entry))
+    ran = convert(image, target, *given(entry))
     assert ran.code in entry.codes, ran.stderr
     assert str(target if ran.code == TargetError.exit_code else image) in ran.stderr
     assert re.search(entry.says, ran.stderr), ran.stderr
@@ -191,10 +194,16 @@ def test_a_bomb_is_given_up_at_the_limit(entry: Hostile, image: Path, out: Path)
     _assert_refused(entry, image, out, out / "target.raw", seconds=20)
 
 
-@entries({name: one for name, one in REFUSED.items() if one.rule and one.kind not in ("bombs", "contents")})
+@entries(
+    {
+        name: one
+        for name, one in REFUSED.items()
+        if one.rule and one.kind not in ("bombs", "contents") and not one.name.startswith(SEEN_WHEN_READ)
+    }
+)
 def test_info_names_the_rule_that_refuses_it(entry: Hostile, image: Path) -> None:
     """Where the image can be looked at; one that two formats claim may be neither, an archive not be opened."""
-    ran = run("info", image, "--output", "json")
+    ran = run("info", image, "--deep", "--output", "json", *limit(entry))
     assert ran.code in LOOKED
     if ran.code:
         assert entry.rule == "ambiguous" or entry.name.startswith("w_")
@@ -208,7 +217,7 @@ ONE_OF_EACH = {(one.suffix, min(one.codes), one.rule): name for name, one in REF
 @pytest.mark.slow
 @entries({name: REFUSED[name] for name in ONE_OF_EACH.values()})
 def test_a_refusal_in_json_has_a_code_a_kind_and_a_message(entry: Hostile, image: Path, out: Path) -> None:
-    ran = convert(image, out / "target.vhd", "--output", "json", *allowing(entry))
+    ran = convert(image, out / "target.vhd", "--output", "json", *given(entry))
     said = json.loads(ran.stderr.splitlines()[-1])
     assert (said["message_type"], said["code"]) == ("exit_error", ran.code)
     assert ran.code in entry.codes
@@ -221,7 +230,7 @@ def test_a_refusal_in_json_has_a_code_a_kind_and_a_message(entry: Hostile, image
 @entries(LIGHT)
 def test_looking_at_it_does_no_harm(entry: Hostile, image: Path) -> None:
     for command in ("info", "map", "check"):
-        ran = run(command, image, *(allowing(entry) if command == "map" else ()))
+        ran = run(command, image, *(given(entry) if command == "map" else ()))
         allowed = LOOKED if command != "map" else {0, *entry.codes}
         assert ran.code in allowed, ran.stderr
         assert_contained(ran, image)
@@ -230,20 +239,20 @@ def test_looking_at_it_does_no_harm(entry: Hostile, image: Path) -> None:
 # --- what is found ---------------------------------------------------------------------------------------------
 
 
-@entries(CHECKED)
+@entries(TOLERATED)
 def test_check_finds_what_no_guest_would_notice(entry: Hostile, image: Path, out: Path) -> None:
     ran = run("check", image)
     assert ran.code in entry.codes
     assert re.search(entry.says, ran.stdout), ran.stdout
     converted = convert(image, out / "target.raw")
     assert_contained(converted, image, out)
-    if entry.rule is None:
-        assert converted.code == 0, converted.stderr
-        return
-    assert (converted.code, list(out.iterdir())) == (13, []), converted.stderr
-    assert f"refused by rule {entry.rule}" in converted.stderr
-    looked = run("info", image, "--deep", "--output", "json")
-    assert entry.rule in {one["rule"] for one in looked.json()["findings"] if one["severity"] == "refuse"}
+    assert converted.code == 0, converted.stderr
+
+
+@entries({name: one for name, one in REFUSED.items() if one.rule in policy.PROBLEMS.values()})
+def test_check_finds_what_the_tables_say_wrong(entry: Hostile, image: Path) -> None:
+    """What a pass over all tables refuses is damage to a check, too."""
+    assert run("check", image).code == 11
 
 
 @entries(NOTED)

@@ -50,6 +50,8 @@ def test_only_what_is_the_callers_own_risk_can_be_allowed() -> None:
         "in-use",
         "overlap",
         "amplification",
+        "outside-file",
+        "unchecked",
         "corrupt-bit",
         "reference-format",
         "external-qemu-img",
@@ -163,8 +165,8 @@ def test_only_rules_that_can_be_allowed_can_be_asked_for() -> None:
         check_allowed(["in-use", "backing-file"])
     assert caught.value.hint == (
         "rules that can be allowed: "
-        "amplification, corrupt-bit, descriptor-unknown-key, external-qemu-img, in-use, no-descriptor, overlap, "
-        "reference-format"
+        "amplification, corrupt-bit, descriptor-unknown-key, external-qemu-img, in-use, no-descriptor, outside-file, "
+        "overlap, reference-format, unchecked"
     )
     with pytest.raises(UsageError, match="'nonsense' is not a rule"):
         check_allowed(["nonsense"])

@@ -234,7 +234,7 @@ EXTENDED = make(Recipe(size=2 * K64, clusters={0: Split((noise(2048),) * 32), 1:
         (SMALL.l1_entry(0), 1 << 55, "L1 entry 0 points to 0x80000000000000, behind"),
         (SMALL.l2_entry(0), SMALL.number(SMALL.l2_entry(0)) + 512, "not on a cluster"),
         (SMALL.l2_entry(0), 1 << 40, "behind the file's end"),
-        (SMALL.l2_entry(1), COMPRESSED | 1 << 40, "does not yield its unit"),
+        (SMALL.l2_entry(1), COMPRESSED | 1 << 40, "starts at 0x10000000000, behind"),
         (SMALL.l2_entry(1), COMPRESSED | SMALL.l1, "deflate stream is damaged|does not yield"),
     ],
     ids=["L1 unaligned", "L1 at the end", "L1 far", "L2 unaligned", "L2 far", "stream far", "stream elsewhere"],

@@ -362,6 +362,31 @@ def test_a_thousand_problems_are_a_list_and_a_number() -> None:
     assert not found[-1].leak
 
 
+def test_no_number_of_problems_hides_the_first_of_another_kind() -> None:
+    """Refcounts that are wrong harm no reader; data on a table does."""
+    made = make(Recipe(size=1000 * C, clusters={at: Plain(noise(C)) for at in range(999)}, cluster_bits=9))
+    for block in made.refcount_blocks:
+        made = dataclasses.replace(made, data=made.data[:block] + bytes(C) + made.data[block + C :])
+    found = check(made.poked(made.l2_entry(999), COPIED | made.l1))
+    assert len([one for one in found if one.code == "refcount-low"]) == LISTED
+    assert [one.offset for one in found if one.code == "overlap"] == [made.l1]
+
+
+def test_streams_that_tables_share_are_clusters_that_share_places() -> None:
+    """Also where no table has one twice, and where there are more of them than are compared one by one."""
+    clusters = {at + table * 64: Compressed(noise(C, at)) for table in range(8) for at in range(60)}
+    sound = shared = make(Recipe(size=512 * C, clusters=clusters, cluster_bits=9))
+    for table in range(1, 8):
+        for at in range(60):
+            shared = shared.poked(shared.l2_entry(table * 64 + at), shared.number(shared.l2_entry(at)))
+    assert codes(sound) == []
+    assert "aliased" in codes(shared)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qcow2_check, "MOST_COMPARED", 0)
+        assert "aliased" in codes(shared)
+        assert codes(sound) == []
+
+
 def test_an_image_with_references_all_over_a_huge_file_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each place costs a pass: a hostile image must not buy hours with a few entries."""
     monkeypatch.setattr(qcow2_check, "WINDOW", 8)

@@ -19,7 +19,8 @@ from imagekit.errors import (
     UnsafeImage,
     UnsupportedFeature,
 )
-from imagekit.formats.base import OpenOptions
+from imagekit.formats import qcow2_check
+from imagekit.formats.base import OpenOptions, Problem
 from imagekit.formats.files import MemoryFile
 from imagekit.sources import Reading, located, open_source
 from tests.disks import content, md5, noise
@@ -233,3 +234,59 @@ def test_a_snapshot_is_read_as_the_disk_was_then(tmp_path: Path) -> None:
     assert "before" in str(caught.value.hint)
     with pytest.raises(UnsupportedFeature, match="have no choice of snapshot"):
         open_source(written(tmp_path, noise(1024), "disk.raw"), Reading(view=OpenOptions(snapshot="before")))
+
+
+# --- what no check could go through ----------------------------------------------------------------------------
+
+
+def _on_many_windows(tmp_path: Path, patch: pytest.MonkeyPatch) -> Path:
+    patch.setattr(qcow2_check, "WINDOW", 8)
+    patch.setattr(qcow2_check, "MAX_WINDOWS", 3)
+    clusters = {at: Plain(noise(512)) for at in range(50)}
+    return written(tmp_path, make(Recipe(size=100 * 512, clusters=clusters, cluster_bits=9)).data)
+
+
+def test_tables_that_no_check_goes_through_are_refused_unless_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an image would only have to be too much for the check to be judged by its headers alone."""
+    path = _on_many_windows(tmp_path, monkeypatch)
+    with pytest.raises(UnsafeImage, match="windows") as caught:
+        open_source(path, Reading(deep=True))
+    assert caught.value.rule == "unchecked"
+    with open_source(path, Reading(deep=True, allow=frozenset({"unchecked"}))) as source:
+        assert [finding.rule for finding in source.findings] == ["unchecked"]
+    with open_source(path, Reading(deep=True, allow=None)) as source:
+        assert [finding.rule for finding in source.findings] == ["unchecked"]
+    with open_source(path) as source:
+        assert source.findings == ()
+
+
+@pytest.mark.parametrize("error", [CorruptImage, InvalidImage, UnsupportedFeature])
+def test_a_check_that_ends_with_an_error_is_no_check(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(image: object) -> list[Problem]:
+        raise error("nobody can follow this")
+
+    monkeypatch.setattr(qcow2_check, "check", broken)
+    path = written(tmp_path, make(Recipe(size=512, clusters={0: Plain(noise(512))}, cluster_bits=9)).data)
+    with pytest.raises(UnsafeImage, match="nobody can follow this") as caught:
+        open_source(path, Reading(deep=True))
+    assert caught.value.rule == "unchecked"
+
+
+def test_damage_that_a_guest_would_meet_is_damage_whatever_else_is_refused(tmp_path: Path) -> None:
+    """It is for a new download, not for leave to read it all the same."""
+    made = make(Recipe(size=8 * 512, clusters={0: Plain(noise(512))}, cluster_bits=9))
+    both = made.poked(made.l2_entry(0), 1 << 40).poked(48, 1 << 40)  # the data, and the table of refcounts
+    path = written(tmp_path, both.data)
+    with pytest.raises(CorruptImage, match="behind the file's end"):
+        open_source(path, Reading(deep=True))
+    with open_source(path, Reading(deep=True, allow=None)) as source:
+        assert [finding.rule for finding in source.findings] == ["outside-file", "structure"]
+
+
+def test_raw_has_no_tables_to_check(tmp_path: Path) -> None:
+    with open_source(written(tmp_path, noise(4096)), Reading(deep=True)) as source:
+        assert source.findings == ()

@@ -105,7 +105,8 @@ def test_all_that_lies_in_a_table_is_on_it() -> None:
     """Not only what begins next."""
     locators = [vhd_images.Locator(b"W2ru", b"p\0", 1600), vhd_images.Locator(b"W2ku", b"q\0", 1700)]
     data = vhd_images.differencing(4 * BLOCK, "p.vhd", block_size=BLOCK, locators=locators, spare_entries=100)
-    assert [problem.message for problem in FORMAT.check(MemoryFile(data))] == [
+    overlaps = [one.message for one in FORMAT.check(MemoryFile(data)) if one.code == "overlap"]
+    assert overlaps == [
         "the BAT and the parent locator overlap at 0x640",
         "the BAT and the parent locator overlap at 0x6a4",
     ]
