@@ -201,7 +201,10 @@ def _unpacked(file: LocalFile, reading: Reading, control: Control) -> Source:
     from imagekit import wrappers
 
     identity = file.identity
-    inside = wrappers.unwrap(file, make=lambda name: reading.opener.scratch(reading.scratch, name), control=control)
+    with located(file):
+        inside = wrappers.unwrap(
+            file, make=lambda name: reading.opener.scratch(reading.scratch, name), control=control
+        )
     try:
         source = _judged(inside.file, reading)
     except BaseException:

@@ -180,7 +180,7 @@ def _take(path: Path, entry: Hostile, out: Path) -> dict[str, Any]:
     forget_peak()
     before = status("VmRSS")
     with limited(BUDGET):
-        runs = run("info", path), convert(path, out / "target.raw", "-m", "1", *given(entry))
+        runs = run("info", path, *limit(entry)), convert(path, out / "target.raw", "-m", "1", *given(entry))
     peak = status("VmHWM") - before
     made = (out / "target.raw").exists()
     (out / "target.raw").unlink(missing_ok=True)
