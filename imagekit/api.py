@@ -27,7 +27,7 @@ from imagekit.formats.files import LocalFile
 from imagekit.plan import ConvertOptions
 from imagekit.profiles import apply_profile
 from imagekit.progress import Callback, Control
-from imagekit.remote import file_name, is_fetched
+from imagekit.remote import file_name, is_fetched, is_glance
 from imagekit.report import SCHEMA, Report
 from imagekit.results import CheckResult, Comparison, Inspection
 from imagekit.sources import Reading, located, open_source
@@ -413,6 +413,7 @@ def prepare(
     network_config: Literal[1, 2] = 1,
     strict: bool = False,
     password_out: PathLike | None = None,
+    ignore_properties: bool = False,
     progress: Callback | None = None,
     cancel: threading.Event | None = None,
     **guest: Any,
@@ -425,7 +426,8 @@ def prepare(
 
     Keywords are fields of the spec (``name``, ``hostname``, ``uuid``, ``ssh_keys``, ``user_data``, ``password``,
     ``network``, ``mac``, ``machine``, ``meta``) and of the conversion (``size``, ``source_format``, ``verify``,
-    which is ``"content"`` unless said otherwise, …).
+    which is ``"content"`` unless said otherwise, …). What an image's properties in Glance say about the machine holds
+    as far as nothing else is asked for (imagekit.glance_properties), unless ``ignore_properties``.
     """
     from imagekit.bundle import hand_over, prepare_bundle
     from imagekit.cloudinit.render import Rendering
@@ -434,8 +436,22 @@ def prepare(
 
     conversion = {key: guest.pop(key) for key in _CONVERSION if key in guest}
     options = make_options({"verify": "content", **conversion})
-    made = make_guest(spec, default_name=name_for(image), **guest)
     packing = Packing.choose(media, disk, partition)
+    decided = None
+    if is_glance(image):
+        from imagekit import glance_properties
+
+        found = glance_properties.look_up(image, options)
+        kind = None if ignore_properties else glance_properties.default_guest(found)
+        name = name_for(f"glance:{found.name or found.id}")
+        image, made = found.label, make_guest(spec, default_name=name, default_guest=kind, **guest)
+        if not ignore_properties:
+            decided = glance_properties.decide(found, made, options, config_drive=packing is not None)
+            made, options = decided.guest, decided.options
+            if packing is not None:
+                packing.check_generation(made.spec.machine.generation)
+    else:
+        made = make_guest(spec, default_name=name_for(image), **guest)
     encrypted = hand_over(made, password_out, sync=options.sync)
     bundle = prepare_bundle(
         image,
@@ -447,7 +463,9 @@ def prepare(
         strict=strict,
         control=Control(progress, cancel),
     )
-    return dataclasses.replace(bundle, encrypted_password=encrypted)
+    if decided is not None:
+        bundle = replace(bundle, choice=decided.explained(bundle.choice), warnings=(*decided.notes, *bundle.warnings))
+    return replace(bundle, encrypted_password=encrypted)
 
 
 def boot(

@@ -52,6 +52,7 @@ def make_guest(
     *,
     default_name: str | None = None,
     default_uuid: str | None = None,
+    default_guest: str | None = None,
     network: str | Mapping[str, object] | None = None,
     mac: str | None = None,
     generate_password: bool = False,
@@ -71,7 +72,7 @@ def make_guest(
     dhcp = network == "dhcp"
     if network is not None and not dhcp:
         given["network"] = network
-    defaults: dict[str, object] = {"name": default_name, "uuid": default_uuid}
+    defaults: dict[str, object] = {"name": default_name, "uuid": default_uuid, "guest": default_guest}
     defaults = {key: value for key, value in defaults.items() if value is not None}
     parsed = _read(spec, given, defaults)
     uuid = parsed.uuid or default_uuid or str(uuid4())

@@ -265,11 +265,19 @@ def prepare(
     fix_gpt: Annotated[
         bool, typer.Option("--fix-gpt", help="Move the GPT's backup header to the last sector of a disk that grows.")
     ] = False,
+    ignore_properties: Annotated[
+        bool,
+        typer.Option("--ignore-properties", help="Of an image in Glance: take nothing from its properties."),
+    ] = False,
     format: Format = None,
     no_sync: NoSync = False,
     jobs: Jobs = None,
 ) -> None:
-    """Make disk, config drive and machine.json of an image."""
+    """Make disk, config drive and machine.json of an image.
+
+    What an image's properties in Glance say (generation, firmware, Secure Boot, operating system, least disk and
+    memory, config drive) holds as far as no option says otherwise; conflicts are told before it is fetched.
+    """
     keep_freed_memory()
     machine: dict[str, Any] = {
         "cpus": cpus,
@@ -291,6 +299,7 @@ def prepare(
         sync=not no_sync,
         jobs=jobs,
         allow=allow,
+        ignore_properties=ignore_properties,
         progress=ui.callback(),
         **remote,
         **medium,
