@@ -19,9 +19,10 @@ from imagekit.cloudinit.passwords import encrypt_password
 from imagekit.cloudinit.render import Rendering
 from imagekit.cloudinit.tree import Datasource, MetadataTree
 from imagekit.conversion import convert_image, reading
+from imagekit.digests import file_digest
 from imagekit.errors import TargetError, UnsupportedFeature, UsageError
 from imagekit.firmware import Choice, choose, find_loader
-from imagekit.formats.base import GiB, MiB
+from imagekit.formats.base import GiB
 from imagekit.guest import Guest
 from imagekit.machine import FILE_NAME, Machine
 from imagekit.media import Packing, pack
@@ -39,7 +40,6 @@ DISK_FORMATS: dict[int, Literal["vhd", "vhdx"]] = {1: "vhd", 2: "vhdx"}
 CONFIG_DISK = 1
 """Which of the guest's disks a config drive is, for its id."""
 SMALL_DISK = 10 * GiB
-HASH_STEP = 4 * MiB
 DEFAULT_PACKING = Packing()
 DEFAULT_RENDERING = Rendering()
 
@@ -297,18 +297,6 @@ def _make_folder(folder: Path) -> bool:
 def _remove_folder(folder: Path) -> None:
     with suppress(OSError):  # somebody else put something in
         folder.rmdir()
-
-
-def file_digest(path: Path, *, control: Control = SILENT) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest, done, size = hashlib.sha256(), 0, path.stat().st_size
-    buffer = memoryview(bytearray(HASH_STEP))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            done += count
-            control.tell("hash", done, size)
-    return digest.hexdigest()
 
 
 def _warnings(report: Report, options: ConvertOptions) -> Iterator[str]:

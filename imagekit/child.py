@@ -92,17 +92,17 @@ class Child:
                 ended = process.poll() is not None
                 *lines, pending = (pending + reader.read()).split(b"\n")
                 for line in lines:
-                    found = _understood(line, control)
+                    found = understood(line, control)
                     if found is not None:
                         return found
                 if ended:
-                    raise _silent(process.returncode, words)
+                    raise ended_silently(process.returncode, words)
                 control.check()
                 time.sleep(self.interval)
 
 
-def _understood(line: bytes, control: Control) -> dict[str, Any] | None:
-    """The result, when the line holds it. Raises the error that it holds; progress is passed on."""
+def understood(line: bytes, control: Control) -> dict[str, Any] | None:
+    """The result, when a line of the child's holds it. Raises the error that it holds; progress is passed on."""
     try:
         message = json.loads(line)
         kind = message["message_type"]
@@ -129,7 +129,8 @@ def _error(message: Mapping[str, Any]) -> errors.ImagekitError:
     return made
 
 
-def _silent(code: int, words: IO[bytes]) -> errors.ToolError:
+def ended_silently(code: int, words: IO[bytes]) -> errors.ToolError:
+    """What to say of a child that ended without a result; ``words`` is its stderr."""
     size = words.seek(0, 2)
     words.seek(max(0, size - LAST_WORDS))
     said = words.read().decode(errors="replace").strip()

@@ -1,8 +1,9 @@
 """A task of the library in a process of its own: the child's side (imagekit.child starts it).
 
-One line of JSON comes in: ``{"task": NAME, "arguments": {…}, "caller": PID}``, the arguments being those of the
-function of that name in imagekit.api. JSON Lines go out: ``status`` with phase, done and total now and then, at the
-end one ``result`` or one ``exit_error``, in the words of ``imagekit --progress json``.
+One line of JSON comes in a task: ``{"task": NAME, "arguments": {…}, "caller": PID}``, the arguments being those of
+the function of that name in imagekit.api. JSON Lines go out: ``status`` with phase, done and total now and then, at
+the end one ``result`` or one ``exit_error``, in the words of ``imagekit --progress json``. Tasks are done one after
+the other, until no more comes.
 
 SIGTERM, and the death of the caller where the platform tells, stop the task as Ctrl-C stops the command line:
 nothing is left behind.
@@ -30,6 +31,8 @@ from imagekit.progress import Callback, Progress
 STEP = 0.2
 """Seconds between two lines of progress."""
 PR_SET_PDEATHSIG = 1
+MANY = "--many"
+"""Says that many tasks will come."""
 
 
 def _digest(
@@ -73,7 +76,7 @@ TASKS = LONG | SHORT
 
 
 def main() -> int:
-    """Do the task that stdin names; the exit code is that of the command line."""
+    """Do the tasks that stdin names; the exit code is the last one's, that of the command line."""
     # What a library prints must not end up between the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
@@ -87,8 +90,18 @@ def main() -> int:
     def say(message_type: str, **more: JSON) -> None:
         answers.write(json.dumps({"message_type": message_type, **more}) + "\n")
 
+    if MANY in sys.argv[1:]:
+        from imagekit import confined
+
+        confined.prepare_for_many()
+    code = 0
+    while not cancel.is_set() and (line := sys.stdin.readline()):
+        code = _answer(json.loads(line), say, cancel)
+    return code
+
+
+def _answer(request: Mapping[str, Any], say: Callable[..., None], cancel: threading.Event) -> int:
     try:
-        request = json.loads(sys.stdin.readline())
         _end_with(int(request["caller"]))
         say("result", result=_done(request["task"], dict(request["arguments"]), say, cancel))
         return 0

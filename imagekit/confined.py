@@ -20,17 +20,17 @@ import json
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from imagekit import confined_start
 from imagekit.confined_channel import (
     Channel,
     ChannelClosed,
@@ -46,6 +46,7 @@ from imagekit.confined_channel import (
     error_message,
     understood,
 )
+from imagekit.confined_start import Started, started
 from imagekit.errors import ImagekitError, TargetError, ToolError, UnsafeImage, UnsupportedFeature
 from imagekit.formats import registry
 from imagekit.formats.base import GiB, ImageInfo, MiB
@@ -74,9 +75,6 @@ START_SECONDS = 60.0
 MOST_SCRATCHES = 64
 """Files to unpack to: one a wrapper, for each image of a chain."""
 BUG = "this is a bug: please report it"
-
-BOOT = "import json, sys; s = json.loads(sys.argv[1]); sys.path[:] = s['path']; "
-BOOT += "from imagekit.confined_child import main; main(s)"
 
 
 def convert(
@@ -194,8 +192,7 @@ def _crashed(what: str) -> UnsafeImage:
 def _settings(options: ConvertOptions, jobs: int) -> dict[str, Any]:
     limits = options.limits
     return {
-        "path": [str(Path(__file__).parent.parent), *sys.path],
-        "parent": os.getpid(),
+        **_place(),
         "memory": limits.metadata_memory + jobs * BUFFERS_OF_A_THREAD + SPARE_MEMORY,
         "limits": {
             "RLIMIT_CPU": limits.seconds * min(jobs, usable_cores()) + 1,
@@ -206,42 +203,13 @@ def _settings(options: ConvertOptions, jobs: int) -> dict[str, Any]:
     }
 
 
-def _environment() -> dict[str, str]:
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    # glibc looks into /sys for how many arenas it may have unless told; OpenBLAS would start threads.
-    return {**kept, "LC_ALL": "C.UTF-8", "MALLOC_ARENA_MAX": "2", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+def _place() -> dict[str, Any]:
+    return {"path": [str(Path(__file__).parent.parent), *sys.path], "parent": os.getpid()}
 
 
-@contextmanager
-def _started(settings: dict[str, Any]) -> Iterator[tuple[subprocess.Popen[bytes], Channel]]:
-    """The process and the way to talk to it; it is gone when the block is left."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        settings["socket"] = theirs.fileno()
-        command = [sys.executable, "-I", "-S", "-c", BOOT, json.dumps(settings)]
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env=_environment(),
-                pass_fds=(theirs.fileno(),),
-                cwd="/",
-                start_new_session=True,  # Ctrl-C in the terminal is for us
-            )
-        except OSError as error:
-            raise ToolError(
-                f"the confined process cannot be started: {error.strerror}", path=sys.executable
-            ) from error
-        theirs.close()
-        try:
-            yield process, Channel(ours)
-        finally:
-            process.kill()  # does nothing to one that has ended
-            process.wait()
-            assert process.stderr is not None
-            process.stderr.close()
+def prepare_for_many() -> None:
+    """Make confined processes cheap to start (imagekit.confined_start), in a process that starts many."""
+    confined_start.prepare_for_many(_place())
 
 
 @dataclass
@@ -263,7 +231,7 @@ class _Host:
         jobs = max(1, min(options.jobs or usable_cores(), BUFFER_BUDGET // BUFFERS_OF_A_THREAD))
         job = replace(job, options=replace(options, jobs=jobs))
         self.handed_out |= {file.name: file for file in self.files}
-        with _started(_settings(options, jobs)) as (process, channel):
+        with started(_settings(options, jobs)) as (process, channel):
             ready = self._wait_for_start(channel, process)
             descriptors = tuple(_descriptor(file) for file in self.files)
             try:
@@ -281,7 +249,7 @@ class _Host:
         except Nonsense as error:
             raise _crashed(str(error)) from error
 
-    def _wait_for_start(self, channel: Channel, process: subprocess.Popen[bytes]) -> tuple[str, ...]:
+    def _wait_for_start(self, channel: Channel, process: Started) -> tuple[str, ...]:
         deadline = time.monotonic() + START_SECONDS
         try:
             while time.monotonic() < deadline:
@@ -293,7 +261,7 @@ class _Host:
             raise _not_started(process) from None
         raise ToolError(f"the confined process did not start within {START_SECONDS:.0f} s")
 
-    def _serve(self, channel: Channel, process: subprocess.Popen[bytes]) -> Any:
+    def _serve(self, channel: Channel, process: Started) -> Any:
         while True:
             message = channel.hear(INTERVAL)
             self.control.check()
@@ -321,7 +289,7 @@ class _Host:
 
     # --- requests
 
-    def _answer(self, request: Request, channel: Channel, process: subprocess.Popen[bytes]) -> None:
+    def _answer(self, request: Request, channel: Channel, process: Started) -> None:
         try:
             file = self._asked_for(request, process)
         except TargetError:
@@ -335,7 +303,7 @@ class _Host:
             self.handed_out[file.name] = file
             channel.send(json.dumps({"name": file.name}).encode(), (_descriptor(file),))
 
-    def _asked_for(self, request: Request, process: subprocess.Popen[bytes]) -> LocalFile | None:
+    def _asked_for(self, request: Request, process: Started) -> LocalFile | None:
         if request.kind == "target":
             return self._make_target(request, process)
         if request.kind == "scratch":
@@ -358,7 +326,7 @@ class _Host:
         following = Following(options.parent_map, options.ignore_parent_id)
         return next(islice(OPENER.referred(request.reference, origin, following), request.skip, None), None)
 
-    def _make_target(self, request: Request, process: subprocess.Popen[bytes]) -> LocalFile:
+    def _make_target(self, request: Request, process: Started) -> LocalFile:
         if self.target is None or self.pending is not None or request.needed < 0 or request.file_size < 0:
             raise Nonsense("it asked for a target")
         self.options.limits.check("output_bytes", request.needed, "the target would take")
@@ -370,15 +338,14 @@ class _Host:
         return self.pending.file
 
 
-def _not_started(process: subprocess.Popen[bytes]) -> ImagekitError:
+def _not_started(process: Started) -> ImagekitError:
     code = process.wait()
-    assert process.stderr is not None
-    words = process.stderr.read(4000).decode(errors="backslashreplace").strip().splitlines()
+    words = process.words().strip().splitlines()
     last = words[-1] if words else "it said nothing"
     return ToolError(f"the confined process did not start, it ended with {code}: {last}", hint=BUG)
 
 
-def _ended(process: subprocess.Popen[bytes]) -> ImagekitError:
+def _ended(process: Started) -> ImagekitError:
     """Why it ended in the middle of its job."""
     try:
         code = process.wait(5.0)

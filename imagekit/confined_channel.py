@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from imagekit import errors
 from imagekit.errors import ImagekitError, UnsafeImage
 from imagekit.formats.base import JSON, Fact, ImageInfo, Reference
+from imagekit.pictures import MOST_CELLS
 from imagekit.plan import ConvertOptions
 from imagekit.policy import Finding, Severity
 from imagekit.progress import Progress
@@ -173,7 +174,8 @@ def _number(value: Any) -> int:
 
 
 def report_message(report: Report) -> dict[str, JSON]:
-    return {**asdict(report), "notes": list(report.notes), "confinement": list(report.confinement)}
+    lists = ("notes", "confinement", "source_map", "target_map")
+    return {**asdict(report), **{name: list(getattr(report, name)) for name in lists}}
 
 
 def as_report(said: Any) -> Report:
@@ -184,7 +186,14 @@ def as_report(said: Any) -> Report:
     )
     values: dict[str, Any] = {name: str(said[name]) for name in texts}
     values |= {name: _number(said[name]) for name in numbers}
+    values |= {name: _map(said[name]) for name in ("source_map", "target_map")}
     return Report(**values, seconds=0.0, notes=tuple(str(note) for note in said["notes"]))
+
+
+def _map(said: Any) -> tuple[int, ...]:
+    if len(said) > MOST_CELLS:
+        raise ValueError(f"a map of {len(said)} parts")
+    return tuple(min(100, max(0, _number(one))) for one in said)
 
 
 def info_message(info: ImageInfo) -> dict[str, JSON]:

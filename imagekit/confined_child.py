@@ -8,6 +8,7 @@ every format to find it. There are no threads until the filter is in place.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import mmap
@@ -16,6 +17,7 @@ import pickle
 import pkgutil
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
@@ -77,6 +79,51 @@ def main(settings: dict[str, Any]) -> None:
     os._exit(code)  # no clean-up: it would look for modules
 
 
+def nursery(settings: dict[str, Any]) -> None:
+    """Load everything, then fork a process for each that is asked for (imagekit.confined_start); sees no image."""
+    channel = Channel(socket.socket(fileno=settings["socket"]))
+    _end_with(settings["parent"])
+    _load()
+    gc.freeze()  # the collector leaves alone what is shared
+    try:
+        while True:
+            data, descriptors = channel.receive()
+            asked = json.loads(data)
+            if "wait" in asked:
+                channel.say(code=_waited(asked["wait"], asked["seconds"]))
+                continue
+            parent = os.getpid()
+            pid = os.fork()
+            if pid == 0:
+                os.dup2(descriptors[1], 2)
+                for one in (settings["socket"], descriptors[1]):
+                    os.close(one)
+                main({**asked["start"], "socket": descriptors[0], "parent": parent})
+            for one in descriptors:
+                os.close(one)
+            channel.say(pid=pid)
+    except ChannelClosed:
+        os._exit(0)
+
+
+def _waited(pid: int, seconds: float | None) -> int | None:
+    """The exit code of a process of ours, or None when it is not over in time."""
+    deadline = None if seconds is None else time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(pid, 0 if deadline is None else os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if deadline is not None and time.monotonic() > deadline:
+            return None
+        time.sleep(0.01)
+
+
+def _end_with(parent: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(tool_confine.PR_SET_PDEATHSIG, tool_confine.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)  # it died before we asked to be told
+
+
 def _load() -> None:
     for name in MODULES:
         importlib.import_module(name)
@@ -95,9 +142,7 @@ def _confine(settings: dict[str, Any]) -> Iterator[str]:
     keep_freed_memory()
     threading.stack_size(STACK)
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(tool_confine.PR_SET_PDEATHSIG, tool_confine.SIGKILL, 0, 0, 0)
-    if os.getppid() != settings["parent"]:
-        os._exit(1)  # it died before we asked to be told
+    _end_with(settings["parent"])
     used = int(Path("/proc/self/statm").read_text().split()[5]) * mmap.PAGESIZE
     tool_confine.limit({**settings["limits"], "RLIMIT_DATA": used + settings["memory"]})
     yield "limits"
@@ -177,11 +222,14 @@ def _convert(asking: _Asking, job: Job, files: list[LocalFile]) -> dict[str, JSO
         plan = planned.plan
         if options.dry_run:
             copied, verified = CopyResult(plan.data_bytes, 0, plan.file_size), "not written"
+            maps: conversion.Maps = ((), ())
         else:
             needed = conversion.bytes_to_write(plan, options)
             made = asking.file(ask="target", needed=needed, file_size=plan.file_size)
             copied, verified = conversion.carry_out(planned, made, options, control), options.verify
-        return report_message(conversion.make_report(planned, target, copied, verified=verified))
+            maps = conversion.draw_maps(planned, made, options)
+        report = conversion.make_report(planned, target, copied, verified=verified)
+        return report_message(replace(report, source_map=maps[0], target_map=maps[1]))
 
 
 def _info(asking: _Asking, job: Job, files: list[LocalFile]) -> dict[str, JSON]:

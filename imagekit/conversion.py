@@ -19,6 +19,7 @@ from imagekit.errors import SourceError, UnsupportedFeature, UsageError
 from imagekit.formats import registry
 from imagekit.formats.base import SECTOR, DiskFormat, DiskImage, File, OpenOptions, ParentLink, WriterOptions
 from imagekit.formats.files import LocalFile
+from imagekit.pictures import occupancy
 from imagekit.plan import ConversionPlan, ConvertOptions, build_plan, target_size
 from imagekit.progress import SILENT, Control
 from imagekit.publish import Pending, check_space, check_target, finish, new_file
@@ -29,6 +30,7 @@ from imagekit.verify import verify_content, verify_structure
 
 DEFAULTS = ConvertOptions()
 NOT_CONFINED = "not confined: that needs Linux; the image was read in this process"
+Maps: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 AnySource: TypeAlias = "str | os.PathLike[str] | Source | LocalFile"
 
 
@@ -89,8 +91,12 @@ def convert_image(
             copied = copying.CopyResult(conversion.plan.data_bytes, 0, conversion.plan.file_size)
             report = make_report(conversion, target_path, copied, verified="not written")
         else:
-            copied = _write(conversion, target_path, options, control)
-            report = make_report(conversion, target_path, copied, verified=options.verify)
+            copied, maps = _write(conversion, target_path, options, control)
+            report = replace(
+                make_report(conversion, target_path, copied, verified=options.verify),
+                source_map=maps[0],
+                target_map=maps[1],
+            )
     notes = report.notes
     if options.confined:
         notes = (*notes, NOT_CONFINED)
@@ -309,7 +315,7 @@ def bytes_to_write(plan: ConversionPlan, options: ConvertOptions) -> int:
 
 def _write(
     conversion: PlannedConversion, target: Path, options: ConvertOptions, control: Control
-) -> copying.CopyResult:
+) -> tuple[copying.CopyResult, Maps]:
     plan = conversion.plan
     check_space(target.parent, bytes_to_write(plan, options))
     with new_file(target) as pending:
@@ -318,9 +324,10 @@ def _write(
         copied = carry_out(conversion, pending.file, options, control)
         if options.verify == "qemu-img":
             _verify_by_qemu_img(conversion, pending, options)
+        maps = draw_maps(conversion, pending.file, options)
         conversion.check_unchanged()
         finish(pending, overwrite=options.overwrite, sync=options.sync, control=control)
-    return copied
+    return copied, maps
 
 
 def carry_out(
@@ -338,6 +345,19 @@ def carry_out(
         verify_content(conversion.image, written, jobs=options.jobs, control=control)
         conversion.check_unchanged()
     return copied
+
+
+def draw_maps(conversion: PlannedConversion, target: LocalFile, options: ConvertOptions) -> Maps:
+    """Where source and target hold data; empty unless asked for."""
+    if not options.map_cells:
+        return (), ()
+    with located(conversion.source.file):
+        source = _map(conversion.image, options.map_cells)
+    return source, _map(conversion.open_target(target), options.map_cells)
+
+
+def _map(image: DiskImage, cells: int) -> tuple[int, ...]:
+    return occupancy(image.extents(), image.virtual_size, cells)
 
 
 def _verify_by_qemu_img(conversion: PlannedConversion, pending: Pending, options: ConvertOptions) -> None:

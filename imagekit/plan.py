@@ -32,6 +32,7 @@ from imagekit.formats.base import (
 )
 from imagekit.limits import DEFAULT as DEFAULT_LIMITS
 from imagekit.limits import Limits
+from imagekit.pictures import MOST_CELLS
 from imagekit.progress import SILENT, Control
 
 FIRST_PROBE = 4 * KiB
@@ -69,6 +70,9 @@ class ConvertOptions:
     overwrite: bool = False
     jobs: int | None = None
     dry_run: bool = False
+    map_cells: int = 0
+    """Parts of the disk that the report's maps of source and target have; 0: no maps."""
+
     allow: frozenset[str] = frozenset()
     snapshot: str | None = None
     size_from: Literal["current", "chs"] | None = None
@@ -94,6 +98,8 @@ class ConvertOptions:
             raise UsageError(f"size {self.size}, at least one sector is needed")
         if self.align is not None and (self.align < SECTOR or self.align & (self.align - 1)):
             raise UsageError(f"align {self.align}, a power of two from 512 on is needed")
+        if not 0 <= self.map_cells <= MOST_CELLS:
+            raise UsageError(f"a map of {self.map_cells} parts, at most {MOST_CELLS} are possible")
         if not self.http_timeout > 0:
             raise UsageError(f"HTTP time-out {self.http_timeout}, more than 0 seconds are needed")
 

@@ -31,6 +31,10 @@ class Report:
     confinement: tuple[str, ...] = ()
     """What held the process that read the image; empty when it was the caller's own."""
 
+    source_map: tuple[int, ...] = ()
+    target_map: tuple[int, ...] = ()
+    """How full each part of the disk is with data, in percent (imagekit.pictures); where maps were asked for."""
+
     def to_json(self) -> dict[str, JSON]:
         return {
             "schema": SCHEMA,
@@ -55,4 +59,5 @@ class Report:
             "verified": self.verified,
             "confinement": list(self.confinement),
             "notes": list(self.notes),
+            **({"source-map": list(self.source_map), "target-map": list(self.target_map)} if self.source_map else {}),
         }

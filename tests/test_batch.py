@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 
 import imagekit
-from imagekit.batch import journal, manifest, report, runner
+from imagekit import pictures
+from imagekit.batch import journal, manifest, runner
+from imagekit.batch.crew import Workforce
 from imagekit.batch.manifest import Item
-from imagekit.bundle import file_digest
+from imagekit.digests import file_digest
 from imagekit.errors import InvalidSpec, TargetError, UsageError
 from imagekit.formats.base import GiB, MiB
 from tests.disks import noise
@@ -60,7 +62,7 @@ class TestManifest:
             (
                 "m.yaml",
                 "- source: a.raw\n- source: x/A.raw\n",
-                "line 2: item 2: its target 'A.vhdx' is that of item 1",
+                "line 2: item 2: its target 'A.vhdx' is that of the item on line 1",
             ),
             ("m.yaml", "- source: a.raw\n  target: ../b.vhdx\n", "not below the run's folder"),
             ("m.yaml", "- source: a.raw\n  target: 'C:\\b.vhdx'\n", "not below the run's folder"),
@@ -68,6 +70,18 @@ class TestManifest:
             ("m.csv", "source\na.raw,b,c\n", "line 2: more cells"),
             ("m.jsonl", '{"source": "a.raw"}\n{"source"\n', "line 2: "),
             ("m.json", "{}", "not a list"),
+            (
+                "m.json",
+                '[\n{"source": "a.raw"},\n\n{"source": "b.raw", "sise": 1}\n]',
+                "line 4: item 2: unknown: sise",
+            ),
+            ("m.json", '{"items": [\n"a.raw", "x/a.raw"]}', "line 2: item 2: its target"),
+            ("m.yaml", "- source: a.raw\n  target: report.json\n", "the name of what the run itself writes"),
+            (
+                "m.yaml",
+                "- {source: a.raw, target: a.vhd}\n- {source: b.raw, target: a.vhd/b.vhd}\n",
+                "line 1: item 1: its target 'a.vhd' is a folder to the item on line 2",
+            ),
             ("m.yaml", "[]", "no image in it"),
             ("m.yaml", "- source: a.raw\n  verify: maybe\n", "verify 'maybe'"),
             ("m.yaml", "- source: a.raw\n  allow: [no-such-rule]\n", "is not a rule"),
@@ -100,7 +114,7 @@ class TestManifest:
         loaded = time.monotonic()
         with journal.opened(tmp_path) as book, ThreadPoolExecutor(2) as pool:
             book.enter(items)
-            summary = runner.run(book, tmp_path, (pool, lambda task, item: OK, 2))
+            summary = runner.run(book, tmp_path, Workforce(pool, lambda task, item: OK, 2))
         spent = time.monotonic() - loaded
         print(f"read {loaded - started:.1f} s, run {spent:.1f} s, {spent * 10:.0f} µs an item")
         assert (len(items), summary.done) == (100_000, 100_000)
@@ -262,39 +276,70 @@ def test_the_report_shows_everything_and_loads_nothing(images: Path, tmp_path: P
 
 
 def test_a_picture_is_dark_where_the_data_is() -> None:
-    drawn = report.picture([0, 0, 60, 100], "x")
+    drawn = pictures.strip([0, 0, 60, 100], "x")
     assert drawn.count("<rect") == 3
-    assert "<rect class=t0 x=0 width=2" in drawn
-    assert "<rect class=t4 x=3 width=1" in drawn
-    assert report.picture([], "x") == ""
+    assert '<rect class="t0" x="0" y="0" width="2"' in drawn
+    assert '<rect class="t4" x="3" y="0" width="1"' in drawn
+    assert pictures.strip([], "x") == ""
 
 
 def test_an_executor_that_loses_an_item_does_not_lose_the_others(tmp_path: Path) -> None:
     def do(task: Any, item: Item) -> dict[str, Any]:
-        if item.number == 2:
+        if item.number == 2 and not task.get("measure"):
             raise RuntimeError("the worker died")
         return OK
 
     items = [Item(number, f"{number}.raw", f"{number}.vhdx") for number in (1, 2, 3)]
     with journal.opened(tmp_path) as book, ThreadPoolExecutor(1) as pool:
         book.enter(items)
-        summary = runner.run(book, tmp_path, (pool, do, 1))
+        summary = runner.run(book, tmp_path, Workforce(pool, do, 1))
         states = {row.item.number: row.state for row in book.rows()}
     assert (summary.done, summary.failed) == (2, 1)
     assert states == {1: journal.DONE, 2: journal.FAILED, 3: journal.DONE}
+
+
+def test_what_does_not_fit_is_said_before_the_first_byte(tmp_path: Path) -> None:
+    def do(task: Any, item: Item) -> dict[str, Any]:
+        assert task.get("measure"), "something is converted"
+        return {"ok": True, "needed": 1 << 60, "size": 1}
+
+    items = [Item(number, f"{number}.raw", f"{number}.vhdx") for number in (1, 2, 3)]
+    with journal.opened(tmp_path) as book, ThreadPoolExecutor(1) as pool:
+        book.enter(items)
+        with pytest.raises(TargetError, match=f"no space: {3 << 60} bytes are needed.*for 3 targets"):
+            runner.run(book, tmp_path, Workforce(pool, do, 1))
+        assert not book.begun(), "it can be started anew"
+
+
+def test_an_image_that_cannot_be_measured_has_failed_and_is_not_tried_again(tmp_path: Path) -> None:
+    asked: list[tuple[int, bool]] = []
+
+    def do(task: Any, item: Item) -> dict[str, Any]:
+        asked.append((item.number, bool(task.get("measure"))))
+        return {"ok": False, "error": {"code": 11, "message": "bad"}} if item.number == 1 else OK
+
+    items = [Item(1, "1.raw", "1.vhdx"), Item(2, "2.raw", "2.vhdx"), Item(3, "http://a/3.raw", "3.vhdx")]
+    with journal.opened(tmp_path) as book, ThreadPoolExecutor(1) as pool:
+        book.enter(items)
+        summary = runner.run(book, tmp_path, Workforce(pool, do, 1))
+    assert (summary.done, summary.failed) == (2, 1)
+    # What would be fetched is not fetched twice; it may be large, so it goes first.
+    assert asked == [(1, True), (2, True), (3, False), (2, False)]
 
 
 def test_the_largest_goes_first(images: Path, tmp_path: Path) -> None:
     order: list[str] = []
 
     def do(task: Any, item: Item) -> dict[str, Any]:
+        if task.get("measure"):
+            return {"ok": True, "needed": 1, "size": item.number}
         order.append(item.target)
         return OK
 
     items = manifest.load(str(images / "*.raw"), {"target_format": "vhdx"})
     with journal.opened(tmp_path) as book, ThreadPoolExecutor(1) as pool:
         book.enter(items)
-        runner.run(book, tmp_path, (pool, do, 1))
+        runner.run(book, tmp_path, Workforce(pool, do, 1))
     assert order == ["2.vhdx", "1.vhdx", "0.vhdx"]
 
 

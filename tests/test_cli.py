@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -127,6 +128,19 @@ def test_measure_is_exact(disk: Path) -> None:
         )
         assert imagekit("convert", "disk.raw", f"{kind}.vhd", "--subformat", kind, cwd=disk.parent).returncode == 0
         assert json.loads(measured.stdout)["required"] == (disk.parent / f"{kind}.vhd").stat().st_size
+
+
+def test_map_as_a_picture_is_an_svg_with_words(disk: Path) -> None:
+    drawn = ElementTree.fromstring(imagekit("map", "disk.raw", "--output", "svg", cwd=disk.parent).stdout)
+    space = "{http://www.w3.org/2000/svg}"
+    assert drawn.tag == f"{space}svg"
+    title, words = drawn.findtext(f"{space}title") or "", drawn.findtext(f"{space}desc") or ""
+    assert title == "disk.raw (raw): where its data lies"
+    assert "disk: " in words and "data: " in words
+    tones = {rect.get("class") for rect in drawn.iter(f"{space}rect")}
+    assert {"t0", "t4", "paper"} <= tones
+    refused = imagekit("info", "disk.raw", "--output", "svg", cwd=disk.parent)
+    assert (refused.returncode, "only map draws" in refused.stderr) == (2, True)
 
 
 def test_map_as_json_is_one_array_that_covers_the_disk(disk: Path) -> None:

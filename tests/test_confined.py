@@ -17,7 +17,7 @@ import pytest
 
 import imagekit
 from fixtures import qcow2_images, vhd_images
-from imagekit import confined, seccomp
+from imagekit import confined, confined_start, seccomp
 from imagekit.conversion import convert_image
 from imagekit.errors import Cancelled, CorruptImage, ImagekitError, ToolError, UnsafeImage, UnsupportedFeature
 from imagekit.formats.files import LocalFile
@@ -161,7 +161,7 @@ def test_errors_are_the_same(tmp_path: Path, no_leftovers: Path, data: bytes) ->
 
 
 def test_the_target_is_refused_before_anything_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(confined, "BOOT", "raise SystemExit(99)")
+    monkeypatch.setattr(confined_start, "BOOT", "raise SystemExit(99)")
     (tmp_path / "out.vhd").touch()
     with pytest.raises(ImagekitError, match="exists already"):
         imagekit.convert(write(tmp_path, "raw"), tmp_path / "out.vhd", confined=True)
@@ -170,7 +170,7 @@ def test_the_target_is_refused_before_anything_is_started(tmp_path: Path, monkey
 def test_a_process_that_does_not_start_is_no_fault_of_the_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(confined, "BOOT", "import nothing_like_this")
+    monkeypatch.setattr(confined_start, "BOOT", "import nothing_like_this")
     with pytest.raises(ToolError, match="nothing_like_this"):
         imagekit.convert(write(tmp_path, "raw"), tmp_path / "out.vhd", confined=True)
 
@@ -209,7 +209,7 @@ c.receive()
 def test_a_crash_is_a_refusal(
     tmp_path: Path, no_leftovers: Path, monkeypatch: pytest.MonkeyPatch, action: str, expected: str
 ) -> None:
-    monkeypatch.setattr(confined, "BOOT", LIES + action)
+    monkeypatch.setattr(confined_start, "BOOT", LIES + action)
     with pytest.raises(UnsafeImage, match=expected):
         imagekit.convert(write(tmp_path, "raw"), no_leftovers / "out.vhd", confined=True)
 
@@ -234,7 +234,7 @@ def test_a_crash_is_a_refusal(
 def test_a_process_that_was_taken_over_gets_nothing_by_lying(
     tmp_path: Path, no_leftovers: Path, monkeypatch: pytest.MonkeyPatch, lie: str
 ) -> None:
-    monkeypatch.setattr(confined, "BOOT", LIES + lie)
+    monkeypatch.setattr(confined_start, "BOOT", LIES + lie)
     with pytest.raises(UnsafeImage, match="confined-crash"):
         imagekit.convert(write(tmp_path, "raw"), no_leftovers / "out.vhd", confined=True)
 
@@ -242,7 +242,7 @@ def test_a_process_that_was_taken_over_gets_nothing_by_lying(
 def test_nonsense_from_the_confined_process_is_a_refusal(
     tmp_path: Path, no_leftovers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(confined, "BOOT", LIES + "c.say(ask='secrets')")
+    monkeypatch.setattr(confined_start, "BOOT", LIES + "c.say(ask='secrets')")
     with pytest.raises(UnsafeImage, match="confined-crash"):
         imagekit.convert(write(tmp_path, "raw"), no_leftovers / "out.vhd", confined=True)
 
@@ -257,7 +257,7 @@ _, (fd,) = c.receive()
 os.pwrite(fd, bytes(4 << 20), 0)
 time.sleep(60)
 """
-    monkeypatch.setattr(confined, "BOOT", LIES + writes)
+    monkeypatch.setattr(confined_start, "BOOT", LIES + writes)
     monkeypatch.setattr(confined, "SPARE_OUTPUT", MiB)
     with pytest.raises(UnsafeImage, match="limit-output-bytes"):
         imagekit.convert(
@@ -296,9 +296,9 @@ def test_it_does_not_outlive_who_started_it(tmp_path: Path) -> None:
     """The starter is killed while the confined process waits for its job."""
     program = (
         "import sys, time\n"
-        "from imagekit import confined\n"
+        "from imagekit import confined, confined_start\n"
         "from imagekit.plan import ConvertOptions\n"
-        "with confined._started(confined._settings(ConvertOptions(), 1)) as (process, channel):\n"
+        "with confined_start.started(confined._settings(ConvertOptions(), 1)) as (process, channel):\n"
         "    assert channel.hear(60)\n"
         "    print(process.pid, flush=True)\n"
         "    time.sleep(60)\n"
@@ -432,7 +432,7 @@ def test_the_signals_of_a_terminal_do_not_reach_it() -> None:
     if sys.platform == "win32":
         raise RuntimeError("not there on Windows")
     options = confined._settings(ConvertOptions(), 1)
-    with confined._started(options) as (process, channel):
+    with confined_start.started(options) as (process, channel):
         assert channel.hear(60.0)
         if sys.platform == "win32":
             raise RuntimeError("not there on Windows")

@@ -21,7 +21,7 @@ from imagekit.errors import TargetError
 from imagekit.locks import held
 
 NAME = "journal.sqlite"
-VERSION = 1
+VERSION = 2
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 
 _TABLES = """
@@ -35,6 +35,9 @@ CREATE TABLE IF NOT EXISTS items (
     attempts INTEGER NOT NULL DEFAULT 0,
     started REAL,
     finished REAL,
+    needed INTEGER,
+    size INTEGER,
+    digest TEXT,
     result TEXT
 ) WITHOUT ROWID;
 """
@@ -54,6 +57,15 @@ class Row:
     @property
     def seconds(self) -> float:
         return 0.0 if self.started is None or self.finished is None else max(0.0, self.finished - self.started)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a run has to know of an item before it goes on."""
+
+    item: Item
+    state: str
+    digest: str | None
 
 
 class Journal:
@@ -86,7 +98,7 @@ class Journal:
             "INSERT INTO items (target, number, source, options, state) VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (target) DO UPDATE SET number = excluded.number, source = excluded.source, "
             "options = excluded.options, state = excluded.state, attempts = 0, started = NULL, finished = NULL, "
-            "result = NULL",
+            "needed = NULL, size = NULL, digest = NULL, result = NULL",
             [
                 (item.target, item.number, item.source, _text(item.options), WAITING)
                 for item in wanted.values()
@@ -103,17 +115,43 @@ class Journal:
 
     def finish(self, target: str, state: str, result: Mapping[str, Any]) -> None:
         self._db.execute(
-            "UPDATE items SET state = ?, finished = ?, result = ? WHERE target = ?",
-            (state, time.time(), _text(result), target),
+            "UPDATE items SET state = ?, finished = ?, digest = ?, result = ? WHERE target = ?",
+            (state, time.time(), result.get("digest"), _text(result), target),
         )
+
+    def measured(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Note what targets need on their medium, and how many bytes of data there are."""
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.executemany(
+            "UPDATE items SET needed = ?, size = ? WHERE target = ?",
+            [(needed, size, target) for target, (needed, size) in sizes.items()],
+        )
+        self._db.execute("COMMIT")
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """What was measured before."""
+        query = "SELECT target, needed, size FROM items WHERE needed IS NOT NULL"
+        return {target: (needed, size) for target, needed, size in self._db.execute(query)}
+
+    def begun(self) -> bool:
+        """Whether a run did anything here."""
+        return self._db.execute("SELECT 1 FROM items WHERE state != ? LIMIT 1", (WAITING,)).fetchone() is not None
 
     def forget(self, targets: Iterable[str]) -> None:
         """Let items start anew."""
         self._db.execute("BEGIN IMMEDIATE")
         self._db.executemany(
-            "UPDATE items SET state = ?, finished = NULL WHERE target = ?", [(WAITING, one) for one in targets]
+            "UPDATE items SET state = ?, finished = NULL WHERE target = ? AND state != ?",
+            [(WAITING, one, WAITING) for one in targets],
         )
         self._db.execute("COMMIT")
+
+    def known(self) -> Iterator[Known]:
+        """All items in the manifest's order, without their results: those of many are large."""
+        query = "SELECT number, source, target, options, state, digest FROM items ORDER BY number"
+        with closing(self._db.cursor()) as cursor:
+            for number, source, target, options, state, digest in cursor.execute(query):
+                yield Known(Item(number, source, target, json.loads(options)), state, digest)
 
     def rows(self) -> Iterator[Row]:
         """All items, in the manifest's order."""

@@ -33,10 +33,14 @@ MAX_SIZE = 256 * MiB
 """Bytes of a manifest."""
 MAX_ITEMS = 1_000_000
 DEFAULT_NAME = "{stem}{suffix}"
-SUFFIXES = (".qcow2", ".raw", ".img", ".vmdk", ".vdi", ".vhd", ".vhdx", ".qcow2.gz", ".img.xz", ".raw.gz", ".ova")
+_BARE = (".qcow2", ".raw", ".img", ".vmdk", ".vdi", ".vhd", ".vhdx")
+SUFFIXES = (*_BARE, *(one + packed for one in _BARE for packed in (".gz", ".xz", ".bz2", ".zst", ".zip")), ".ova")
 """What is taken for an image in a folder."""
+OUR_NAMES = ("journal.sqlite", "report.html", "report.json")
+"""What a run writes into its folder besides the targets."""
 
 _SIZE = re.compile(r"(\d+)([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_BETWEEN = re.compile(r"[\s,]*")
 _UNITS = {"": 1, "k": KiB, "m": MiB, "g": GiB, "t": TiB}
 _SIZES = ("size", "block_size", "sector_size", "align")
 _FLAGS = ("fix_gpt", "preallocate", "follow_references", "ignore_parent_id", "sync")
@@ -78,6 +82,7 @@ def load(
     _check_template(name)
     items: list[Item] = []
     taken: dict[str, Item] = {}
+    folders: dict[str, Item] = {}
     for number, (line, row) in enumerate(rows, start=1):
         if number > MAX_ITEMS:
             raise InvalidSpec(f"more than {MAX_ITEMS} items", path=manifest, hint="make it several runs")
@@ -87,18 +92,28 @@ def load(
             where = f"line {line}: " if line is not None else ""
             raise InvalidSpec(f"{where}item {number}: {error.message}", hint=error.hint, path=manifest) from None
         other = taken.setdefault(item.target.lower(), item)
+        for above in PurePath(item.target.lower()).parents[:-1]:
+            folders.setdefault(above.as_posix(), item)
         if other is not item:
-            where = f"line {line}: " if line is not None else ""
-            raise InvalidSpec(
-                f"{where}item {number}: its target {item.target!r} is that of item {other.number} "
-                f"({other.source}) too",
-                hint="give one of them a target, or use --name '{number}-{stem}{suffix}'",
-                path=manifest,
-            )
+            raise _clash(item, f"its target {item.target!r} is that of", other, manifest)
         items.append(item)
+    for name in taken.keys() & folders.keys():
+        raise _clash(taken[name], f"its target {name!r} is a folder to", folders[name], manifest)
     if not items:
-        raise InvalidSpec("no image in it", path=manifest, hint=f"a folder's images are called {', '.join(SUFFIXES)}")
+        raise InvalidSpec(
+            "no image in it", path=manifest, hint=f"a folder's images are called *{', *'.join(_BARE)}, …"
+        )
     return items
+
+
+def _clash(item: Item, what: str, other: Item, manifest: str) -> InvalidSpec:
+    where = f"line {item.line}: " if item.line is not None else ""
+    there = f"the item on line {other.line}" if other.line is not None else f"item {other.number}"
+    return InvalidSpec(
+        f"{where}item {item.number}: {what} {there} ({other.source}) too",
+        hint="give one of them another target, or use --name '{number}-{stem}{suffix}'",
+        path=manifest,
+    )
 
 
 def _images(folder: Path) -> Iterator[Path]:
@@ -147,11 +162,16 @@ def _json_lines(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _json(text: str) -> Iterator[tuple[int | None, Mapping[str, Any]]]:
     try:
-        rows = json.loads(text)
+        rows = _listed(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise InvalidSpec(str(error)) from None
-    for row in _listed(rows):
-        yield None, _mapping(row, None)
+    # It is a list, or an object with nothing but one: each item is read once more, for where it begins.
+    decoder, place, line, seen = json.JSONDecoder(), text.index("[") + 1, 1, 0
+    for row in rows:
+        place = _BETWEEN.match(text, place).end()  # type: ignore[union-attr]
+        line, seen = line + text.count("\n", seen, place), place
+        yield line, _mapping(row, line)
+        _, place = decoder.raw_decode(text, place)
 
 
 def _yaml(text: str) -> Iterator[tuple[int | None, Mapping[str, Any]]]:
@@ -269,4 +289,6 @@ def _relative(target: Any) -> str:
     path = PureWindowsPath(target)  # knows both kinds of separators, and drives
     if path.drive or path.root or ".." in path.parts or "\0" in target or not path.parts:
         raise InvalidSpec(f"the target {target!r} is not below the run's folder", hint="target: NAME.vhdx")
+    if path.parts[0].lower().removeprefix(".").startswith(OUR_NAMES):
+        raise InvalidSpec(f"the target {target!r} has the name of what the run itself writes", hint="another name")
     return "/".join(path.parts)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from imagekit import pictures
 from imagekit.batch.journal import DONE, FAILED, Row
 from imagekit.formats.base import JSON
 from imagekit.publish import write_file
@@ -22,8 +22,6 @@ JSON_NAME, HTML_NAME = "report.json", "report.html"
 PICTURES = 500
 """Images whose pictures the page shows; the JSON has all of them."""
 ROWS = 5000
-LEVELS = (0, 1, 25, 50, 75)
-"""From how many percent of data on a part of a disk is drawn in the next stronger tone."""
 
 
 @dataclass(slots=True)
@@ -141,8 +139,8 @@ def _page(title: str, totals: Totals, rows: Sequence[Row]) -> Iterator[str]:
     state = "all done" if totals.done == totals.items else f"{totals.done} of {totals.items} done"
     yield '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    yield f"<title>{_text(title)}: {state}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-    yield f"<h1>{_text(title)}</h1>\n<p class=lead>{state}"
+    yield f"<title>{pictures.shown(title)}: {state}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+    yield f"<h1>{pictures.shown(title)}</h1>\n<p class=lead>{state}"
     yield f", {totals.failed} failed</p>\n" if totals.failed else "</p>\n"
     yield from _sums(totals)
     yield from _failures([row for row in rows if row.state == FAILED])
@@ -164,7 +162,7 @@ def _sums(totals: Totals) -> Iterator[str]:
     ]
     yield "<dl class=sums>\n"
     for name, value in cells:
-        yield f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>\n"
+        yield f"<div><dt>{pictures.shown(name)}</dt><dd>{pictures.shown(value)}</dd></div>\n"
     yield "</dl>\n"
 
 
@@ -174,9 +172,10 @@ def _failures(rows: Sequence[Row]) -> Iterator[str]:
     yield "<h2>What failed</h2>\n<ul class=failures>\n"
     for row in rows:
         error = row.result.get("error", {})
-        hint = f" <small>hint: {_text(error['hint'])}</small>" if error.get("hint") else ""
-        yield f"<li><b>{_text(row.item.source)}</b>: {_text(error.get('message', 'no reason is known'))}"
-        kind, code = _text(error.get("kind", "")), _text(error.get("code", "?"))
+        hint = f" <small>hint: {pictures.shown(error['hint'])}</small>" if error.get("hint") else ""
+        message = pictures.shown(error.get("message", "no reason is known"))
+        yield f"<li><b>{pictures.shown(row.item.source)}</b>: {message}"
+        kind, code = pictures.shown(error.get("kind", "")), pictures.shown(error.get("code", "?"))
         yield f" <small>{kind}, exit code {code}</small>{hint}</li>\n"
     yield "</ul>\n"
 
@@ -189,60 +188,36 @@ def _table(totals: Totals, rows: Sequence[Row]) -> Iterator[str]:
     yield "<th scope=col class=number>time</th><th scope=col>where the data lies (source, target)</th></tr></thead>\n"
     yield "<tbody>\n"
     for place, row in enumerate(rows):
-        yield from _row(row, pictures=place < PICTURES)
+        yield from _row(row, drawn=place < PICTURES)
     yield "</tbody></table></div>\n"
     if totals.items > len(rows):
         yield f"<p class=lead>{totals.items - len(rows)} more are in {JSON_NAME}.</p>\n"
 
 
-def _row(row: Row, *, pictures: bool) -> Iterator[str]:
+def _row(row: Row, *, drawn: bool) -> Iterator[str]:
     report = row.result.get("report")
-    yield f"<tr><td class=number>{row.item.number}</td><td class=file>{_text(row.item.source)}"
-    yield f"<small>{_text(row.item.target)}</small>"
+    yield f"<tr><td class=number>{row.item.number}</td><td class=file>{pictures.shown(row.item.source)}"
+    yield f"<small>{pictures.shown(row.item.target)}</small>"
     for note in (report or {}).get("notes", ()):
-        yield f"<small>note: {_text(note)}</small>"
+        yield f"<small>note: {pictures.shown(note)}</small>"
     yield f"</td><td class={row.state}>{row.state}</td>"
     if report is None:
         yield "<td></td><td></td>"
     else:
         for side in (report["source"], report["target"]):
-            yield f"<td class=number>{_size(side['size'])}<small>{_text(side['format'])}</small></td>"
+            yield f"<td class=number>{_size(side['size'])}<small>{pictures.shown(side['format'])}</small></td>"
     yield f"<td class=number>{_seconds(row.seconds)}</td><td>"
-    for side, cells in row.result.get("maps", {}).items() if pictures else ():
-        yield picture(cells, f"{side}: where {row.item.target} holds data")
+    for side, cells in row.result.get("maps", {}).items() if drawn else ():
+        yield pictures.strip(cells, f"{side}: where {row.item.target} holds data")
     yield "</td></tr>\n"
 
 
 def _key() -> Iterator[str]:
     yield "<div class=key>"
-    for tone, (low, high) in enumerate(zip(LEVELS, (*LEVELS[1:], 101), strict=True)):
-        words = "no data" if tone == 0 else f"{low} to {high - 1} % data"
-        swatch = f'<svg viewBox="0 0 1 1" aria-hidden=true><rect class=t{tone} width=1 height=1 /></svg>'
+    for number, words in enumerate(pictures.tone_names()):
+        swatch = f'<svg viewBox="0 0 1 1" aria-hidden=true><rect class=t{number} width=1 height=1 /></svg>'
         yield f"<span>{swatch}{words}</span>"
     yield "</div>\n"
-
-
-def picture(cells: Sequence[int], label: str) -> str:
-    """A strip as wide as the disk, darker where more of it is data; an inline SVG."""
-    if not cells:
-        return ""
-    parts, start = [], 0
-    tones = [sum(1 for low in LEVELS[1:] if percent >= low) for percent in cells]
-    for end in range(1, len(tones) + 1):
-        if end == len(tones) or tones[end] != tones[start]:
-            parts.append(f"<rect class=t{tones[start]} x={start} width={end - start} height=1 />")
-            start = end
-    full = round(sum(cells) / len(cells))
-    return (
-        f'<svg class=map role=img viewBox="0 0 {len(cells)} 1" preserveAspectRatio=none '
-        f'aria-label="{_text(label)}, {full} percent of it"><title>{_text(label)}</title>{"".join(parts)}</svg>'
-    )
-
-
-def _text(value: object) -> str:
-    """Escaped for HTML, control characters and direction marks too."""
-    text = str(value)
-    return escape("".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text))
 
 
 def _size(size: float) -> str:

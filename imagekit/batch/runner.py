@@ -1,49 +1,50 @@
 """A batch, run: items through an executor, a window at a time, and every step in the journal.
 
-The executor is any of :mod:`concurrent.futures`' kind. Here it is threads that each wait for a child process of their
-own (imagekit.child): an image can take down no more than its child. With a scheduler it is a Dask cluster's, and
-:func:`imagekit.batch.tasks.perform` travels to its workers; what is sent is the task, a few hundred bytes.
-
-The largest images go first, so that none is left alone at the end; only a window of items is handed out at a time, so
-a million items cost no more than their names.
+The executor is any of :mod:`concurrent.futures`' kind: crew.py has the one of this computer, cluster.py that of a
+Dask scheduler. First every item is measured, which also refuses what cannot be read, and the sum is held against the
+free space; then they are done, the largest first, so that none is left alone at the end. Only a window of items is
+handed out at a time, so a million items cost no more than their names.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from imagekit.batch.journal import DONE, FAILED, RUNNING, Journal, Row
+from imagekit.batch.crew import Workforce
+from imagekit.batch.journal import DONE, FAILED, Journal, Known
 from imagekit.batch.manifest import Item
-from imagekit.batch.tasks import perform, task_of
-from imagekit.bundle import file_digest
-from imagekit.child import Child
-from imagekit.errors import Cancelled, ImagekitError, ToolError, UsageError
-from imagekit.formats.files import LocalFile
-from imagekit.progress import Progress
+from imagekit.batch.tasks import is_elsewhere, task_of
+from imagekit.digests import file_digest
+from imagekit.errors import Cancelled, TargetError, UsageError
+from imagekit.progress import Control, Progress
+from imagekit.publish import check_space
 from imagekit.workers import usable_cores
 
 WINDOW = 3
 """Items handed out for each that can be worked on at once."""
 LOOK = 0.2
-
-Perform = Callable[..., dict[str, Any]]
+UNKNOWN = 1 << 62
+"""The size of what is elsewhere: it may be large, so it comes first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened to an item: ``started``, ``progress``, ``done``, ``failed`` or ``skipped``."""
+    """Something that happened to an item: ``measured``, ``started``, ``progress``, ``done``, ``failed``, ``skipped``.
+
+    ``size`` is how many bytes of data it has, as far as that is known.
+    """
 
     kind: str
     item: Item
     progress: Progress | None = None
     result: Mapping[str, Any] = field(default_factory=dict)
+    size: int = 0
 
 
 Listener = Callable[[Event], None]
@@ -60,56 +61,10 @@ class Summary:
     seconds: float = 0.0
 
 
-def default_jobs() -> int:
-    """Items at once: one a core; each then converts on one thread."""
-    return max(1, usable_cores())
-
-
-@contextmanager
-def local(jobs: int, cancel: threading.Event, listen: Listener | None) -> Iterator[tuple[Executor, Perform, int]]:
-    """Threads of this process, a child process an item."""
-    threads = max(1, usable_cores() // jobs)
-
-    def in_child(task: Mapping[str, Any], item: Item) -> dict[str, Any]:
-        tell = None if listen is None else (lambda step: listen(Event("progress", item, step)))
-        options = {"jobs": threads, **task["options"]}
-        try:
-            return Child().run("perform", {"task": {**task, "options": options}}, progress=tell, cancel=cancel)
-        except Cancelled:
-            return {"ok": False, "cancelled": True, "error": {"code": 130, "kind": "Cancelled", "message": "stopped"}}
-        except ImagekitError as error:  # the child died
-            from imagekit.batch.tasks import described
-
-            return {"ok": False, "error": described(error)}
-
-    with ThreadPoolExecutor(jobs, thread_name_prefix="imagekit-item") as pool:
-        yield pool, in_child, jobs
-
-
-@contextmanager
-def cluster(address: str) -> Iterator[tuple[Executor, Perform, int]]:
-    """The workers of a Dask scheduler (extra ``batch``); they see the same folders under the same names."""
-    try:
-        from distributed import Client
-    except ImportError:
-        raise ToolError("--scheduler needs distributed", hint="pip install 'imagekit[batch]'") from None
-    try:
-        client = Client(address, timeout=20, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise ToolError(f"the scheduler {address} does not answer: {error}", hint="dask scheduler") from None
-    with client:
-        workers = max(1, len(client.scheduler_info()["workers"]))
-        yield client.get_executor(retries=2, pure=False), _remote, workers
-
-
-def _remote(task: Mapping[str, Any], item: Item) -> dict[str, Any]:
-    return perform(task)
-
-
 def run(
     journal: Journal,
     folder: Path,
-    executor: tuple[Executor, Perform, int],
+    force: Workforce,
     *,
     resume: bool = False,
     retry_failed: bool = False,
@@ -119,112 +74,166 @@ def run(
     """Do what the journal says is to be done.
 
     A row that says done is trusted when its target still has the digest noted then (``resume``); without ``resume``
-    a folder that has done or started items is refused. ``retry_failed`` does failed ones again.
+    a folder that has done or started items is refused. ``retry_failed`` does failed ones again. TargetError when
+    the targets do not fit; nothing is written then.
     """
-    started, summary = time.monotonic(), Summary()
-    stop = cancel or threading.Event()
-    rows = list(journal.rows())
-    if not resume and not retry_failed and any(row.state in (DONE, FAILED, RUNNING) for row in rows):
+    started = time.monotonic()
+    if not resume and not retry_failed and journal.begun():
         raise UsageError("the folder has a batch that was started", hint="--resume goes on with it", path=folder)
-    todo = _todo(journal, rows, folder, retry_failed, summary, listen)
-    _work(journal, folder, executor, todo, summary, listen, stop)
-    summary.cancelled = stop.is_set()
-    summary.seconds = time.monotonic() - started
-    return summary
-
-
-def _todo(
-    journal: Journal, rows: Iterable[Row], folder: Path, retry: bool, summary: Summary, listen: Listener | None
-) -> list[Item]:
-    """What is not proven done, the largest first."""
-    todo: list[Item] = []
-    again: list[str] = []
-    for row in rows:
-        if row.state == FAILED and not retry:
-            summary.failed += 1
-            continue
-        if row.state == DONE and _is_proven(row, folder):
-            summary.skipped += 1
-            if listen is not None:
-                listen(Event("skipped", row.item, result=row.result))
-            continue
-        if row.state in (DONE, FAILED, RUNNING):
-            again.append(row.item.target)
-        todo.append(row.item)
-    journal.forget(again)
-    return sorted(todo, key=lambda item: (-_size(item.source), item.number))
-
-
-def _is_proven(row: Row, folder: Path) -> bool:
+    this = _Run(journal, folder, force, listen or (lambda event: None), cancel or threading.Event())
     try:
-        return file_digest(folder / row.item.target) == row.result.get("digest")
-    except OSError:
-        return False
+        todo = this.todo(retry_failed)
+        sizes = this.measure(todo)
+        todo = sorted(
+            (item for item in todo if item.target in sizes), key=lambda item: (-sizes[item.target][1], item.number)
+        )
+        _check_space(folder, todo, sizes)
+        this.convert(todo, sizes)
+    except Cancelled:
+        pass
+    this.summary.cancelled = this.stop.is_set()
+    this.summary.seconds = time.monotonic() - started
+    return this.summary
 
 
-def _size(source: str) -> int:
-    """What it will cost, roughly: bytes on the medium, so that a sparse file is no giant."""
+Sizes = dict[str, tuple[int, int]]
+"""Target → bytes it takes on its medium, bytes of data there are to convert."""
+
+
+def _check_space(folder: Path, todo: Sequence[Item], sizes: Sizes) -> None:
+    needed = sum(sizes[item.target][0] for item in todo)
     try:
-        with LocalFile.open_source(source) as file:
-            return file.allocated_size
-    except (ImagekitError, OSError):
-        return 0
+        check_space(folder, needed)
+    except TargetError as error:
+        raise TargetError(
+            f"{error.message}, for {len(todo)} targets together",
+            path=folder,
+            hint="make room, or make it several runs",
+        ) from None
 
 
-def _work(
-    journal: Journal,
-    folder: Path,
-    executor: tuple[Executor, Perform, int],
-    todo: Iterable[Item],
-    summary: Summary,
-    listen: Listener | None,
-    stop: threading.Event,
-) -> None:
-    pool, do, width = executor
-    waiting = iter(todo)
-    running: dict[Future[dict[str, Any]], Item] = {}
-    try:
-        while True:
-            while len(running) < width * WINDOW and not stop.is_set():
-                item = next(waiting, None)
-                if item is None:
+@dataclass
+class _Run:
+    journal: Journal
+    folder: Path
+    force: Workforce
+    listen: Listener
+    stop: threading.Event
+    summary: Summary = field(default_factory=Summary)
+
+    def todo(self, retry: bool) -> list[Item]:
+        """What is not proven done."""
+        todo, claimed = [], []
+        for known in self.journal.known():
+            if known.state == FAILED and not retry:
+                self.summary.failed += 1
+                self.listen(Event("skipped", known.item, result={"ok": False}))
+            elif known.state == DONE:
+                claimed.append(known)
+            else:
+                todo.append(known.item)
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            for known, proven in zip(claimed, pool.map(self._is_proven, claimed), strict=True):
+                if proven:
+                    self.summary.skipped += 1
+                    self.listen(Event("skipped", known.item, result={"ok": True}))
+                else:
+                    todo.append(known.item)
+        self.journal.forget(item.target for item in todo)
+        return todo
+
+    def _is_proven(self, known: Known) -> bool:
+        try:
+            return file_digest(self.folder / known.item.target, control=Control(cancel=self.stop)) == known.digest
+        except OSError:
+            return False
+
+    def measure(self, todo: Sequence[Item]) -> Sizes:
+        """What each item takes; one that cannot be read has failed with that."""
+        sizes = self.journal.sizes()
+        there = {item.target for item in todo}
+        sizes = {target: size for target, size in sizes.items() if target in there}
+        unknown = [item for item in todo if item.target not in sizes]
+        sizes |= {item.target: (0, UNKNOWN) for item in unknown if _is_measured_later(item)}
+        found: Sizes = {}
+        for item, result in self._each((item for item in unknown if item.target not in sizes), measure=True):
+            if result.get("ok"):
+                found[item.target] = int(result.get("needed", 0)), int(result.get("size", 0))
+                self.listen(Event("measured", item, size=found[item.target][1]))
+            else:
+                self.journal.start(item.target)
+                self._note(item, result)
+        self.journal.measured(found)
+        return sizes | found
+
+    def convert(self, todo: Sequence[Item], sizes: Sizes) -> None:
+        sized = {target: size for target, (_, size) in sizes.items()}
+        for item, result in self._each(iter(todo), left=len(todo), sizes=sized):
+            self._note(item, result)
+
+    def _each(
+        self, items: Iterator[Item], *, measure: bool = False, left: int = 1, sizes: Mapping[str, int] | None = None
+    ) -> Iterator[tuple[Item, dict[str, Any]]]:
+        """Items and results as they come; none that was cancelled. Raises Cancelled when all at work have ended."""
+        force = self.force
+        running: dict[Future[dict[str, Any]], Item] = {}
+        asked = False
+        try:
+            while True:
+                while len(running) < force.width * WINDOW and not self.stop.is_set():
+                    item = next(items, None)
+                    if item is None:
+                        break
+                    task = task_of(item.source, item.target, item.options, self.folder)
+                    if measure:
+                        task["measure"] = True
+                    else:
+                        self.journal.start(item.target)
+                        self.listen(Event("started", item, size=(sizes or {}).get(item.target, 0)))
+                        task["options"].setdefault("jobs", _threads(force.width, left))
+                        left -= 1
+                    running[force.pool.submit(force.perform, task, item)] = item
+                if not running:
                     break
-                journal.start(item.target)
-                if listen is not None:
-                    listen(Event("started", item))
-                task = task_of(item.source, item.target, item.options, folder)
-                running[pool.submit(do, task, item)] = item
-            if not running:
-                return
-            ended, _ = wait(running, timeout=LOOK, return_when=FIRST_COMPLETED)
-            for future in ended:
-                _note(journal, running.pop(future), future, summary, listen)
-            if stop.is_set():
-                for future in list(running):
-                    if future.cancel():
-                        running.pop(future)
-    finally:
-        for future in running:
-            future.cancel()
+                ended, _ = wait(running, timeout=LOOK, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    item, result = running.pop(future), _result(future)
+                    if not result.get("cancelled"):  # else it is still running, says the journal: it is done again
+                        yield item, result
+                if self.stop.is_set() and not asked:
+                    asked = True
+                    running = {future: item for future, item in running.items() if not future.cancel()}
+                    force.stop()
+        finally:
+            for future in running:
+                future.cancel()
+        if self.stop.is_set():
+            raise Cancelled("stopped on request")
+
+    def _note(self, item: Item, result: dict[str, Any]) -> None:
+        state = DONE if result.get("ok") else FAILED
+        self.journal.finish(item.target, state, result)
+        if state == DONE:
+            self.summary.done += 1
+        else:
+            self.summary.failed += 1
+        self.listen(Event("done" if state == DONE else "failed", item, result=result))
 
 
-def _note(
-    journal: Journal, item: Item, future: Future[dict[str, Any]], summary: Summary, listen: Listener | None
-) -> None:
+def _threads(width: int, left: int) -> int:
+    """An item's share of the cores: the last ones have more."""
+    return max(1, usable_cores() // max(1, min(width, left)))
+
+
+def _is_measured_later(item: Item) -> bool:
+    """What would have to be fetched twice, and what only qemu-img can read or write."""
+    options = item.options
+    return is_elsewhere(item.source) or "external-qemu-img" in options.get("allow", ())
+
+
+def _result(future: Future[dict[str, Any]]) -> dict[str, Any]:
     try:
-        result = future.result()
+        return future.result()
     except Exception as error:  # the executor lost it: a worker died too often, a result that cannot travel
-        result = {
-            "ok": False,
-            "error": {"code": 16, "kind": type(error).__name__, "message": str(error), "hint": None},
-        }
-    if result.get("cancelled"):
-        return  # still running, says the journal: it will be done again
-    state = DONE if result.get("ok") else FAILED
-    journal.finish(item.target, state, result)
-    if state == DONE:
-        summary.done += 1
-    else:
-        summary.failed += 1
-    if listen is not None:
-        listen(Event("done" if state == DONE else "failed", item, result=result))
+        kind = type(error).__name__
+        return {"ok": False, "error": {"code": 16, "kind": kind, "message": str(error) or kind, "hint": None}}

@@ -1,4 +1,4 @@
-"""One item of a batch, done: convert, prove, look at. Plain data in and out, so that it can be done anywhere.
+"""One item of a batch: measured, or converted, proven and drawn. Plain data in and out: it can be done anywhere.
 
 A task never raises: what went wrong is part of its result, in the words of the command line. Doing it again is safe:
 the target gets its name when it is complete, and the same options and id give the same bytes.
@@ -14,7 +14,7 @@ from typing import Any
 from uuid import UUID, uuid5
 
 from imagekit.errors import Cancelled, ImagekitError
-from imagekit.progress import Callback, Control
+from imagekit.progress import Callback, Control, Progress
 
 NAMESPACE = UUID("b1c1f5ce-54c4-4f0e-8d5e-3c2c3a1f6a11")
 """Disk ids of a batch derive from it and the item, so that a run that was resumed writes the same bytes."""
@@ -32,36 +32,75 @@ def task_of(source: str, target: str, options: Mapping[str, Any], folder: Path) 
     asked.setdefault("confined", asked["verify"] != "qemu-img")
     identifier = asked.pop("id", None) or str(uuid5(NAMESPACE, target))
     return {
-        "source": source if "://" in source else str(Path(source).absolute()),
+        "source": source if is_elsewhere(source) else str(Path(source).absolute()),
         "target": str((folder / target).absolute()),
         "options": {**asked, "identifier": identifier, "overwrite": True},
     }
 
 
-def perform(task: Task, *, progress: Callback | None = None, cancel: threading.Event | None = None) -> dict[str, Any]:
-    """Do it here. ``ok`` with ``report``, ``digest`` and ``maps``; else ``error``."""
-    from imagekit import api
-    from imagekit.bundle import file_digest  # brings pydantic along, which few tasks of a child need
+def is_elsewhere(source: str) -> bool:
+    """Whether the image has to be fetched: an address, or one of Glance's."""
+    return "://" in source or source.startswith("glance:")
 
-    started = time.monotonic()
+
+def perform(task: Task, *, progress: Callback | None = None, cancel: threading.Event | None = None) -> dict[str, Any]:
+    """Do it here. ``ok`` with ``report``, ``digest``, ``phases`` and ``maps``, or, of a task to ``measure``, with
+    ``needed`` and ``size``; else ``error``."""
+    phases = _Phases(progress)
     try:
         target = Path(task["target"])
         target.parent.mkdir(parents=True, exist_ok=True)
-        report = api.convert(task["source"], target, progress=progress, cancel=cancel, **task["options"])
-        converted = time.monotonic()
-        digest = file_digest(target, control=Control(cancel=cancel))
-        hashed = time.monotonic()
-        maps = {"source": picture(task["source"], task["options"]), "target": picture(str(target), {})}
+        if task.get("measure"):
+            return _measured(task, cancel)
+        return _converted(task, target, phases, cancel)
     except ImagekitError as error:
         return {"ok": False, "error": described(error), "cancelled": isinstance(error, Cancelled)}
     except OSError as error:  # a folder that cannot be made, a disk that died
         return {"ok": False, "error": {"code": 14, "kind": "OSError", "message": str(error), "hint": None}}
-    phases = {
-        "convert": round(converted - started, 3),
-        "digest": round(hashed - converted, 3),
-        "map": round(time.monotonic() - hashed, 3),
-    }
-    return {"ok": True, "report": report.to_json(), "digest": digest, "phases": phases, "maps": maps}
+
+
+def _measured(task: Task, cancel: threading.Event | None) -> dict[str, Any]:
+    from imagekit import api
+
+    report = api.convert(task["source"], task["target"], dry_run=True, cancel=cancel, **task["options"])
+    needed = report.target_size if task["options"].get("preallocate") else report.data_bytes
+    return {"ok": True, "needed": needed, "size": report.data_bytes}
+
+
+def _converted(task: Task, target: Path, phases: _Phases, cancel: threading.Event | None) -> dict[str, Any]:
+    from imagekit import api
+    from imagekit.digests import file_digest
+
+    report = api.convert(
+        task["source"], target, progress=phases, cancel=cancel, map_cells=CELLS, **task["options"]
+    ).to_json()
+    digest = file_digest(target, control=Control(phases, cancel))
+    maps = {side: report.pop(f"{side}-map", []) for side in ("source", "target")}
+    return {"ok": True, "report": report, "digest": digest, "phases": phases.ended(), "maps": maps}
+
+
+class _Phases:
+    """Passes progress on, and counts the seconds of each phase; what comes before the first one is to open."""
+
+    def __init__(self, progress: Callback | None) -> None:
+        self._progress = progress
+        self._seconds: dict[str, float] = {}
+        self._phase, self._since = "open", time.monotonic()
+
+    def __call__(self, step: Progress) -> None:
+        if step.phase != self._phase:
+            self._turn(step.phase)
+        if self._progress is not None:
+            self._progress(step)
+
+    def _turn(self, phase: str) -> None:
+        now = time.monotonic()
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+
+    def ended(self) -> dict[str, float]:
+        self._turn("")
+        return {phase: round(seconds, 3) for phase, seconds in self._seconds.items()}
 
 
 def described(error: ImagekitError) -> dict[str, Any]:
@@ -73,24 +112,3 @@ def described(error: ImagekitError) -> dict[str, Any]:
         "hint": error.hint,
         "rule": getattr(error, "rule", "") or None,
     }
-
-
-def picture(path: str, options: Mapping[str, Any]) -> list[int]:
-    """How full each of CELLS equal parts of the disk is with data, in percent; empty when nobody can tell."""
-    from imagekit import api
-
-    reading = {key: options[key] for key in api.READING_OPTIONS if key in options}
-    try:
-        with api.open_image(path, format=options.get("source_format"), **reading) as disk:
-            size = max(1, disk.virtual_size)
-            cells = [0] * CELLS
-            for extent in disk.extents():
-                if not extent.data:
-                    continue
-                first, last = extent.start * CELLS // size, (extent.end - 1) * CELLS // size
-                for cell in range(first, last + 1):
-                    low, high = cell * size // CELLS, (cell + 1) * size // CELLS
-                    cells[cell] += min(extent.end, high) - max(extent.start, low)
-            return [min(100, -(-held * 100 * CELLS // size)) for held in cells]
-    except (ImagekitError, OSError):
-        return []

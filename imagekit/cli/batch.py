@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,21 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from imagekit.cli.options import Format, allowed, command, reading, size_option, target
+from imagekit.cli.batch_progress import Shown
+from imagekit.cli.options import Format, allowed, command, reading, remote, size_option, target
 from imagekit.cli.sizes import short_size
 from imagekit.cli.ui import Ui
 from imagekit.errors import BatchFailed, Cancelled, UsageError
 
 if TYPE_CHECKING:
-    from imagekit.batch.runner import Event
+    from imagekit.batch.crew import Workforce
+    from imagekit.batch.manifest import Item
+    from imagekit.progress import Progress
 
 app = typer.Typer()
 
-LINE_SECONDS = 5.0
-
 
 @app.command()
-@command(allow=allowed, reading=reading, made=target)
+@command(allow=allowed, reading=reading, remote=remote, made=target)
 def batch(
     ui: Ui,
     manifest: Annotated[
@@ -40,6 +38,7 @@ def batch(
     ],
     allow: frozenset[str],
     reading: dict[str, Any],
+    remote: dict[str, Any],
     made: dict[str, Any],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder for targets, journal and report.")],
     profile: Annotated[
@@ -62,6 +61,10 @@ def batch(
     scheduler: Annotated[
         str | None, typer.Option("--scheduler", metavar="ADDRESS", help="A Dask scheduler: tcp://HOST:8786.")
     ] = None,
+    resource: Annotated[
+        list[str] | None,
+        typer.Option("--resource", metavar="NAME=N", help="What a Dask worker must offer to do an item."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Go on, and do what failed once more.")
@@ -75,20 +78,19 @@ def batch(
     from imagekit.batch import manifest as manifests
 
     _check(out, scheduler, jobs)
-    defaults = {**{key: value for key, value in {**reading, **made}.items() if value not in (None, (), False)}}
+    defaults = {key: value for key, value in {**reading, **made, **remote}.items() if value not in (None, (), False)}
     defaults.pop("identifier", None)
     defaults |= {"verify": verify, "allow": sorted(allow)}
     more = {"profile": profile, "source_format": format, "size": size}
     items = manifests.load(manifest, defaults | {key: one for key, one in more.items() if one is not None}, name=name)
     out.mkdir(parents=True, exist_ok=True)
     cancel = threading.Event()
-    shown = _Shown(ui, len(items))
+    shown = Shown(ui, len(items))
     with _signals(cancel, shown), journal.opened(out) as book:
         book.enter(items)
-        pool = runner.cluster(scheduler) if scheduler else runner.local(jobs or runner.default_jobs(), cancel, shown)
-        with pool as executor:
+        with _workforce(scheduler, resource, jobs, cancel, shown) as force:
             summary = runner.run(
-                book, out, executor, resume=resume, retry_failed=retry_failed, listen=shown, cancel=cancel
+                book, out, force, resume=resume, retry_failed=retry_failed, listen=shown, cancel=cancel
             )
         totals = report.write_reports(book.rows(), out, title=f"imagekit batch {Path(manifest).name}")
     document = {
@@ -115,6 +117,39 @@ def batch(
         )
 
 
+@contextmanager
+def _workforce(
+    scheduler: str | None, resource: list[str] | None, jobs: int | None, cancel: threading.Event, shown: Shown
+) -> Iterator[Workforce]:
+    """Who does the work; what is shown of it ends with it."""
+    from imagekit.batch import cluster, crew
+    from imagekit.batch.runner import Event
+
+    def tell(item: Item, step: Progress) -> None:
+        shown(Event("progress", item, step))
+
+    try:
+        if scheduler:
+            with cluster.cluster(scheduler, _resources(resource)) as force:
+                yield force
+        else:
+            with crew.local(jobs or crew.default_jobs(), cancel, tell) as force:
+                yield force
+    finally:
+        shown.end()
+
+
+def _resources(texts: list[str] | None) -> dict[str, float]:
+    found = {}
+    for text in texts or ():
+        name, _, number = text.partition("=")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            raise UsageError(f"--resource {text!r}", hint="write it like imagekit=1") from None
+    return found
+
+
 def _check(out: Path, scheduler: str | None, jobs: int | None) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError("is not a folder", path=out)
@@ -124,74 +159,8 @@ def _check(out: Path, scheduler: str | None, jobs: int | None) -> None:
         raise UsageError(f"{scheduler!r} is no scheduler's address", hint="tcp://HOST:8786 or tls://HOST:8786")
 
 
-class _Shown:
-    """What a run shows of itself, on stderr: lines for people, JSON Lines for programs."""
-
-    def __init__(self, ui: Ui, total: int) -> None:
-        self._ui, self._total = ui, total
-        self._lock = threading.Lock()
-        self._ended = self._failed = 0
-        self._running: dict[str, str] = {}
-        self._began = self._last = time.monotonic()
-        self._json = ui.progress == "json"
-        self._quiet = ui.progress == "none" or (ui.quiet and not self._json)
-
-    def __call__(self, event: Event) -> None:
-        with self._lock:
-            self._count(event)
-            if self._quiet:
-                return
-            if self._json:
-                self._line(event)
-            elif event.kind == "failed":
-                error = event.result.get("error", {})
-                self._ui.say(f"failed: {event.item.source}: {error.get('message', '')}")
-            elif event.kind in ("done", "skipped") and time.monotonic() - self._last >= LINE_SECONDS:
-                self._last = time.monotonic()
-                self._ui.say(self.status())
-
-    def _count(self, event: Event) -> None:
-        if event.kind == "progress" and event.progress is not None:
-            step = event.progress
-            percent = f" {step.done * 100 // step.total} %" if step.total else ""
-            self._running[event.item.target] = f"{step.phase}{percent}"
-        elif event.kind == "started":
-            self._running[event.item.target] = "waits"
-        else:
-            self._running.pop(event.item.target, None)
-            self._ended += 1
-            self._failed += event.kind == "failed"
-
-    def status(self) -> str:
-        """One line: how far, how fast, how long still."""
-        spent = max(0.001, time.monotonic() - self._began)
-        left = spent / self._ended * (self._total - self._ended) if self._ended else None
-        when = "" if left is None else f", {left:.0f} s left"
-        return (
-            f"{self._ended} of {self._total} images, {self._failed} failed, {self._ended / spent:.2f} a second{when}"
-        )
-
-    def say_status(self) -> None:
-        """The line, and what is being worked on (on SIGUSR1)."""
-        print(
-            self.status(),
-            *(f"  {name}: {what}" for name, what in dict(self._running).items()),
-            sep="\n",
-            file=sys.stderr,
-        )
-
-    def _line(self, event: Event) -> None:
-        line: dict[str, Any] = {"message_type": "item", "state": event.kind, "target": event.item.target}
-        line |= {"ended": self._ended, "total": self._total}
-        if event.progress is not None:
-            line |= {"phase": event.progress.phase, "done": event.progress.done, "bytes": event.progress.total}
-        if event.kind == "failed":
-            line["error"] = event.result.get("error")
-        print(json.dumps(line), file=sys.stderr, flush=True)
-
-
 @contextmanager
-def _signals(cancel: threading.Event, shown: _Shown) -> Iterator[None]:
+def _signals(cancel: threading.Event, shown: Shown) -> Iterator[None]:
     """Ctrl-C stops after what cannot be left half, a second one at once; SIGUSR1 prints where the run is."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
-from imagekit import api
+from imagekit import api, pictures
 from imagekit.cli.options import (
     Confined,
     Deep,
@@ -30,6 +31,7 @@ from imagekit.cli.ui import Ui, refuse_from_environment, table
 from imagekit.cli.upload_options import describe_upload, show_upload, upload_fields
 from imagekit.conversion import NOT_CONFINED
 from imagekit.errors import CorruptImage, UsageError
+from imagekit.formats.base import SECTOR, DiskImage, Extent
 from imagekit.limits import Limits
 from imagekit.profiles import PROFILES
 from imagekit.report import Report
@@ -94,7 +96,7 @@ def info(
 
 
 @app.command("map")
-@command(allow=allowed, reading=reading, remote=remote)
+@command(drawn=True, allow=allowed, reading=reading, remote=remote)
 def map_(
     ui: Ui,
     image: Image,
@@ -105,10 +107,13 @@ def map_(
 ) -> None:
     """List where the guest's data lies in the file.
 
-    As JSON it is the array of qemu-img map.
+    As JSON it is the array of qemu-img map; with --output svg a picture.
     """
     with api.open_image(image, format=format, allow=allow, **reading, **remote) as disk:
         extents = disk.extents()
+        if ui.output == "svg":
+            print(_drawn(image, disk), end="")
+            return
         if ui.json:
             # Line by line: a large disk has millions of extents.
             opening = "["
@@ -122,6 +127,24 @@ def map_(
             kind = "compressed" if extent.compressed else "data" if extent.data else "zero"
             where = f"{extent.offset:#16x}" if extent.offset is not None and extent.data else f"{'-':>16}"
             print(f"{extent.start:#16x}  {extent.length:#16x}  {kind:<10}  {where}")
+
+
+def _drawn(image: str, disk: DiskImage) -> str:
+    """The map as an SVG document, and its sums in words."""
+    sums = {"data": 0, "of it compressed": 0, "zero": 0}
+
+    def counted() -> Iterator[Extent]:
+        for extent in disk.extents():
+            sums["data" if extent.data else "zero"] += extent.length
+            sums["of it compressed"] += extent.length if extent.compressed else 0
+            yield extent
+
+    size = disk.virtual_size
+    cells = pictures.occupancy(counted(), size, min(pictures.COLUMNS * pictures.ROWS, max(1, size // SECTOR)))
+    facts = {"disk": short_size(size), **{name: short_size(value) for name, value in sums.items() if value}}
+    info = disk.info()
+    kind = " ".join(filter(None, (info.format, info.subformat)))
+    return pictures.document(cells, f"{image} ({kind}): where its data lies", facts)
 
 
 @app.command()

@@ -282,7 +282,10 @@ def _qemu_options(text: str | None) -> dict[str, Any]:
 
 
 _OUTPUT = Annotated[
-    str, typer.Option("--output", metavar="human|json", envvar="IMAGEKIT_OUTPUT", help="Form of the result.")
+    str,
+    typer.Option(
+        "--output", metavar="human|json", envvar="IMAGEKIT_OUTPUT", help="Form of the result (map: also svg)."
+    ),
 ]
 _PROGRESS = Annotated[
     str,
@@ -293,7 +296,7 @@ _PROGRESS = Annotated[
 _QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages.")]
 _VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 _DEBUG = Annotated[bool, typer.Option("--debug", help="On an error, print where in the program it came up.")]
-_OUTPUTS = ("human", "json")
+_OUTPUTS = ("human", "json", "svg")
 _PROGRESSES = ("auto", "bar", "plain", "json", "none")
 
 
@@ -311,11 +314,13 @@ def _common(
     return Ui(output, progress, quiet, verbose)
 
 
-def command(**groups: Callable[..., object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    *, drawn: bool = False, **groups: Callable[..., object]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function that takes a :class:`Ui` first a command, with the options every command has.
 
     A group is a function whose parameters become options; what it returns is passed to the command under the
-    group's name. So options that belong together are declared once.
+    group's name. So options that belong together are declared once. ``drawn``: its result can be a picture.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -331,6 +336,8 @@ def command(**groups: Callable[..., object]) -> Callable[[Callable[..., None]], 
             made = {name: maker(**{key: values.pop(key) for key in parts[name]}) for name, maker in makers.items()}
             ui = made["ui"]
             assert isinstance(ui, Ui)
+            if ui.output == "svg" and not drawn:
+                raise typer.BadParameter("only map draws a picture", param_hint="--output")
             try:
                 function(**made, **values)
             finally:
