@@ -16,6 +16,7 @@ import os
 import pickle
 import pkgutil
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -92,6 +93,8 @@ def nursery(settings: dict[str, Any]) -> None:
             if "wait" in asked:
                 channel.say(code=_waited(asked["wait"], asked["seconds"]))
                 continue
+            if sys.platform == "win32":
+                raise RuntimeError("not there on Windows")
             parent = os.getpid()
             pid = os.fork()
             if pid == 0:
@@ -108,6 +111,8 @@ def nursery(settings: dict[str, Any]) -> None:
 
 def _waited(pid: int, seconds: float | None) -> int | None:
     """The exit code of a process of ours, or None when it is not over in time."""
+    if sys.platform == "win32":
+        raise RuntimeError("not there on Windows")
     deadline = None if seconds is None else time.monotonic() + seconds
     while True:
         found, status = os.waitpid(pid, 0 if deadline is None else os.WNOHANG)
