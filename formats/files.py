@@ -282,6 +282,11 @@ class LocalFile:
         return os.lseek(self._fd, 0, os.SEEK_END)
 
     @property
+    def size_so_far(self) -> int:
+        """The same, or, of a file that still comes from somewhere, what came of it."""
+        return self.size
+
+    @property
     def allocated_size(self) -> int:
         return _allocated(os.fstat(self._fd))
 

@@ -27,7 +27,7 @@ from imagekit.formats.files import LocalFile
 from imagekit.plan import ConvertOptions
 from imagekit.profiles import apply_profile
 from imagekit.progress import Callback, Control
-from imagekit.remote import file_name, is_fetched, is_glance
+from imagekit.remote import file_name, is_elsewhere, is_fetched, is_glance
 from imagekit.report import SCHEMA, Report
 from imagekit.results import CheckResult, Comparison, Inspection
 from imagekit.sources import Reading, located, open_source
@@ -59,23 +59,23 @@ def info(
     *,
     format: str | None = None,
     deep: bool = False,
-    confined: bool = False,
+    confined: bool | None = None,
     cancel: threading.Event | None = None,
     **options: Any,
 ) -> Inspection:
     """Headers, features and findings of an image; works on images that :func:`convert` refuses.
 
     ``options`` as in :func:`open_image`; with ``follow_references`` the whole chain is opened and judged. ``deep``
-    also judges what only a pass over all tables can show. With ``confined`` a process that can do nothing else reads
-    the image (imagekit.confined).
+    also judges what only a pass over all tables can show. With ``confined``, the default for what comes over a
+    network, a process that can do nothing else reads the image (imagekit.confined).
     """
-    asked = reading_options(format, options)
-    if confined:
+    asked = replace(reading_options(format, options), confined=confined)
+    if asked.is_confined(elsewhere=is_elsewhere(image)):
         from imagekit import confined as confinement
 
         if confinement.POSSIBLE:
             control = Control(cancel=cancel)
-            with at_hand(image, asked, control=control) as here:
+            with at_hand(image, asked, control=control) as here, here.blamed():
                 seen = confinement.inspect(here.file, asked, deep=deep, control=control)
             return Inspection(
                 seen.name,

@@ -197,7 +197,7 @@ def prepare_bundle(
         if _make_folder(folder):
             undo.callback(_remove_folder, folder)
         check_target(description, overwrite=False)
-        with open_source(image, reading(options, scratch=folder, deep=True), control=control) as source:
+        with open_source(image, reading(options, scratch=folder, deep=True, later=True), control=control) as source:
             with located(source.file):
                 loader = find_loader(source.image)
                 readiness = check_readiness(source.image)

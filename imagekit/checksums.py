@@ -2,21 +2,24 @@
 
 Lists are those of ``sha256sum`` and its like (``HEX  NAME``, ``HEX *NAME``), of BSD (``SHA256 (NAME) = HEX``), and a
 file that holds nothing but one number. A checksum is computed over all bytes of the container, from the open file
-that is read afterwards. MD5 and SHA-1 are computed where they are stated; that they prove little is said.
+that is read: before that, or (:class:`Proof`) meanwhile, so that one pass feeds the hash and the copy. MD5 and SHA-1
+are computed where they are stated; that they prove little is said.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from imagekit.errors import SourceError, UnsupportedFeature, UsageError, VerificationFailed
+from imagekit.arriving import Arriving
+from imagekit.errors import ImagekitError, SourceError, UnsupportedFeature, UsageError, VerificationFailed
 from imagekit.formats.base import MiB
 from imagekit.formats.files import LocalFile
-from imagekit.progress import SILENT, Control
-from imagekit.remote_file import RemoteFile
+from imagekit.progress import INTERVAL, SILENT, Control
 
 LENGTHS = {"md5": 32, "sha1": 40, "sha224": 56, "sha256": 64, "sha384": 96, "sha512": 128}
 """Hexadecimal digits."""
@@ -54,8 +57,8 @@ class Checksum:
     def check(self, file: LocalFile, *, control: Control = SILENT) -> None:
         """Read all of the file; VerificationFailed unless it is the one that is meant."""
         digest = hashlib.new(self.algorithm, usedforsecurity=False)
-        if isinstance(file, RemoteFile):
-            file.complete(digest)
+        if isinstance(file, Arriving):
+            file.complete(digest, control=control)
         else:
             size = file.size
             for offset in range(0, size, STEP):
@@ -67,6 +70,46 @@ class Checksum:
                 path=file.name,
                 hint="fetch it again; if it stays so, ask who published it",
             )
+
+
+class Proof:
+    """Computes the checksum of a file while others read it, in ascending order; whoever publishes settles it first.
+
+    Of a file that is still coming each byte is hashed as soon as all before it are here. What was read too early to
+    be known good is used, and nothing that was made of it is published unless the whole file is the one meant.
+    """
+
+    def __init__(self, file: LocalFile, checksum: Checksum, control: Control = SILENT) -> None:
+        self._checksum = checksum
+        self._outer = control
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._file = file
+        self._thread = threading.Thread(target=self._work, name="imagekit-hash", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        # Progress is told by the caller's own thread only.
+        quiet = Control(None, self._stop, self._outer.deadline)
+        try:
+            self._checksum.check(self._file, control=quiet)
+        except BaseException as error:
+            self._error = error
+
+    def settle(self) -> None:
+        """Wait for the end of it; VerificationFailed unless the file is the one that is meant."""
+        while self._thread.is_alive():
+            self._outer.check()
+            self._thread.join(INTERVAL)
+        if isinstance(self._error, ImagekitError):
+            raise copy.copy(self._error)
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        """Give up; the file is about to be closed."""
+        self._stop.set()
+        self._thread.join()
 
 
 def find_checksum(text: str, name: str, read: Callable[[str], bytes]) -> Checksum:

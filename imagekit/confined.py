@@ -4,7 +4,8 @@
 gets a job: limits of the kernel on memory, time, descriptors and file size, no file that it could open (Landlock), no
 system call that opens, connects or starts anything (seccomp). Only then it gets the job, with open files instead of
 names. What it needs besides (the target once the plan is known, a file to unpack to, the next image of a chain) it
-asks for over one socket, and this side decides. Publishing stays here.
+asks for over one socket, and this side decides. Publishing stays here, and so does the network: of a file that is
+still coming it gets what has come (imagekit.confined_files).
 
 What comes back is the same result or the same typed error as without. What is said there is not believed further
 than it has to be: messages are JSON, taken apart piece by piece; the target's real size is watched from here; a
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from imagekit import confined_start
+from imagekit.arriving import Arriving
 from imagekit.confined_channel import (
     Channel,
     ChannelClosed,
@@ -46,6 +48,7 @@ from imagekit.confined_channel import (
     error_message,
     understood,
 )
+from imagekit.confined_files import Server
 from imagekit.confined_start import Started, started
 from imagekit.errors import ImagekitError, TargetError, ToolError, UnsafeImage, UnsupportedFeature
 from imagekit.formats import registry
@@ -57,6 +60,7 @@ from imagekit.policy import Finding
 from imagekit.progress import INTERVAL, SILENT, Control
 from imagekit.publish import Pending, check_space, finish, new_file
 from imagekit.references import Following
+from imagekit.remote_file import RemoteFile
 from imagekit.report import Report
 from imagekit.sources import OPENER
 from imagekit.workers import usable_cores
@@ -83,19 +87,24 @@ def convert(
     target_format: str,
     options: ConvertOptions,
     *,
+    settle: Callable[[], None] = lambda: None,
     control: Control = SILENT,
 ) -> Report:
-    """Convert in a confined process; ``target`` has been looked at (publish.check_target)."""
+    """Convert in a confined process; ``target`` has been looked at (publish.check_target).
+
+    ``settle`` raises an error where the source is not what it should be, and is called before the target has a name.
+    """
     started = time.monotonic()
     _check_options(options)
     with ExitStack() as stack:
-        files = [stack.enter_context(_opened(source))]
+        files = [_opened(source, stack)]
         if options.parent is not None:
             files.append(stack.enter_context(LocalFile.open_source(options.parent)))
         host = _Host(options, control, files, target, stack)
         job = Job("convert", _resolved(options), tuple(file.name for file in files), os.fspath(target), target_format)
         said, confinement = host.run(job)
         report = host.understand(as_report, said)
+        settle()
         if host.pending is not None:
             finish(host.pending, overwrite=options.overwrite, sync=options.sync, control=control)
     return replace(
@@ -131,7 +140,7 @@ def inspect(
     """``info`` in a confined process; ``options`` say how to read."""
     _check_options(options)
     with ExitStack() as stack:
-        file = stack.enter_context(_opened(source))
+        file = _opened(source, stack)
         host = _Host(options, control.within(options.limits.seconds), [file], None, stack)
         said, confinement = host.run(Job("info", options, (file.name,), deep=deep))
 
@@ -149,8 +158,12 @@ def inspect(
         return host.understand(as_inspected, said)
 
 
-def _opened(source: str | os.PathLike[str] | LocalFile) -> LocalFile:
-    return source.again() if isinstance(source, LocalFile) else LocalFile.open_source(source)
+def _opened(source: str | os.PathLike[str] | LocalFile, stack: ExitStack) -> LocalFile:
+    """The source; one that still comes is not waited for, and stays the caller's."""
+    if isinstance(source, RemoteFile):
+        return source
+    opened = source.again() if isinstance(source, LocalFile) else LocalFile.open_source(source)
+    return stack.enter_context(opened)
 
 
 def _check_options(options: ConvertOptions) -> None:
@@ -231,16 +244,31 @@ class _Host:
         jobs = max(1, min(options.jobs or usable_cores(), BUFFER_BUDGET // BUFFERS_OF_A_THREAD))
         job = replace(job, options=replace(options, jobs=jobs))
         self.handed_out |= {file.name: file for file in self.files}
+        server = self._server()
+        if server is not None:
+            job = replace(job, coming=self.files[0].size)
         with started(_settings(options, jobs)) as (process, channel):
             ready = self._wait_for_start(channel, process)
-            descriptors = tuple(_descriptor(file) for file in self.files)
+            served = () if server is None else server.descriptors
+            descriptors = (*served[:1], *map(_descriptor, self.files[len(served[:1]) :]), *served[1:])
             try:
                 channel.send(pickle.dumps(job), descriptors)
+                if server is not None:
+                    server.start()
                 return self._serve(channel, process), ready
             except ChannelClosed:
                 raise _ended(process) from None
             except Nonsense as error:
                 raise _crashed(str(error)) from error
+
+    def _server(self) -> Server | None:
+        """Who tells the confined process which bytes of its source are here, where some are still missing."""
+        first = self.files[0]
+        if not isinstance(first, Arriving) or first.all_here:
+            return None
+        server = Server(first)
+        self.stack.callback(server.close)
+        return server
 
     def understand(self, as_result: Callable[[Any], Result], said: Any) -> Result:
         """The result of :meth:`run`, taken apart."""

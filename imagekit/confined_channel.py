@@ -46,6 +46,9 @@ class Job:
     deep: bool = False
     """Whether ``info`` looks at all tables."""
 
+    coming: int | None = None
+    """The size of a source that is still coming; a socket comes along as the last of the files then."""
+
 
 class ChannelClosed(Exception):
     """The other side is gone."""

@@ -38,6 +38,7 @@ from imagekit.confined_channel import (
     reference_message,
     report_message,
 )
+from imagekit.confined_files import ServedFile
 from imagekit.copying import CopyResult
 from imagekit.errors import ImagekitError
 from imagekit.formats import registry
@@ -163,7 +164,7 @@ def _confine(settings: dict[str, Any]) -> Iterator[str]:
 
 def _answer(channel: Channel, job: Job, descriptors: list[int]) -> None:
     try:
-        files = [LocalFile(fd, name) for fd, name in zip(descriptors, job.names, strict=True)]
+        files = _files(job, descriptors)
         result = _JOBS[job.do](_Asking(channel), job, files)
     except ImagekitError as error:
         channel.say(error=error_message(error))
@@ -177,6 +178,16 @@ def _answer(channel: Channel, job: Job, descriptors: list[int]) -> None:
         channel.say(internal=traceback.format_exc())
     else:
         channel.say(done=result)
+
+
+def _files(job: Job, descriptors: list[int]) -> list[LocalFile]:
+    if job.coming is None or sys.platform == "win32":
+        return [LocalFile(fd, name) for fd, name in zip(descriptors, job.names, strict=True)]
+    *opened, questions = descriptors
+    # All is said about it: finding that out takes calls that are not there any more.
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=questions)
+    first: LocalFile = ServedFile(opened[0], job.names[0], job.coming, connection)
+    return [first, *(LocalFile(fd, name) for fd, name in zip(opened[1:], job.names[1:], strict=True))]
 
 
 class _Asking(Opener):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from imagekit import copying, remote
-from imagekit.errors import SourceError, UnsupportedFeature, UsageError
+from imagekit.errors import UnsupportedFeature, UsageError
 from imagekit.formats import registry
 from imagekit.formats.base import SECTOR, DiskFormat, DiskImage, File, OpenOptions, ParentLink, WriterOptions
 from imagekit.formats.files import LocalFile
@@ -69,8 +69,9 @@ def convert_image(
     """Convert ``source`` to ``target`` and report. With ``options.dry_run`` nothing is written.
 
     A source that is open already stays open; a :class:`Source` was opened as :func:`reading` says. With
-    ``options.confined`` nothing of the image is parsed in this process (imagekit.confined). Raises the error of
-    whichever step failed; then no target exists, and an old one is untouched.
+    ``options.confined`` (the default for what comes over a network) nothing of the image is parsed in this process
+    (imagekit.confined). Raises the error of whichever step failed; then no target exists, and an old one is
+    untouched.
     """
     started = time.monotonic()
     control = control.within(options.limits.seconds)
@@ -78,13 +79,15 @@ def convert_image(
     file = source.original if isinstance(source, Source) else source
     name = file.name if isinstance(file, LocalFile) else os.fspath(file)
     target_path = check_target(target, overwrite=options.overwrite, source=name)
-    if options.confined:
+    wanted = options.is_confined(elsewhere=remote.is_elsewhere(file))
+    if wanted:
         from imagekit import confined
 
         if confined.POSSIBLE:
-            with at_hand(file, options, scratch=target_path.parent, control=control) as here:
-                asked = replace(options, stated_format=here.format)
-                report = confined.convert(here.file, target_path, chosen.name, asked, control=control)
+            with at_hand(file, options, scratch=target_path.parent, control=control) as here, here.blamed():
+                asked = replace(options, stated_format=here.format or options.stated_format)
+                settle = source.check_unchanged if isinstance(source, Source) else here.settle
+                report = confined.convert(here.file, target_path, chosen.name, asked, settle=settle, control=control)
             return replace(report, notes=(*(finding.message for finding in here.findings), *report.notes))
     with planned(source, chosen, options, target=target_path, control=control) as conversion:
         if options.dry_run:
@@ -98,7 +101,7 @@ def convert_image(
                 target_map=maps[1],
             )
     notes = report.notes
-    if options.confined:
+    if wanted:
         notes = (*notes, NOT_CONFINED)
     return replace(report, seconds=time.monotonic() - started, notes=notes)
 
@@ -125,9 +128,11 @@ def planned(
             opened = source
         else:
             scratch = None if target is None else target.parent
-            asked = replace(reading(options, scratch=scratch, deep=True), opener=opener)
-            file = source.again() if isinstance(source, LocalFile) else source
+            asked = replace(reading(options, scratch=scratch, deep=True, later=True), opener=opener)
+            file = source.again() if type(source) is LocalFile else source
             opened = stack.enter_context(open_source(file, asked, control=control))
+        if opened.opened is not None:
+            stack.enter_context(opened.opened.blamed())
         parent = None
         if options.parent is not None:
             parent = stack.enter_context(open_parent(options, chosen, parent_file, opener))
@@ -151,6 +156,8 @@ def planned(
             )
             options.limits.check("output_bytes", bytes_to_write(plan, options), "the target would take")
         yield PlannedConversion(opened, image, plan, parent)
+        if opened.opened is not None and opened.opened.proof is not None:
+            opened.opened.proof.settle()  # also of what only measured or planned
 
 
 @contextmanager
@@ -161,23 +168,28 @@ def at_hand(
     scratch: Path | None = None,
     control: Control = SILENT,
 ) -> Iterator[remote.Opened]:
-    """The source as a confined process can take it: fetched, and its checksum taken, by this one."""
+    """The source as a confined process can take it, and its checksum taken, by this one.
+
+    Whoever makes something of it calls ``settle`` before that has a name.
+    """
     if isinstance(source, LocalFile):
         yield remote.Opened(source, (), source.identity)
         return
     access, following = reading(options).access, options.follow_references
-    opened = remote.open_named(source, access, folder=scratch, following=following, control=control)
-    with opened.file as file:
-        remote.complete(file)
+    opened = remote.open_named(source, access, folder=scratch, following=following, later=True, control=control)
+    try:
         yield opened
-        if changed := opened.identity.differences(file.identity):
-            raise SourceError(f"changed while it was read ({', '.join(changed)})", path=file.name)
+        opened.settle()
+    finally:
+        opened.close()
 
 
-def reading(options: ConvertOptions, *, scratch: Path | None = None, deep: bool = False) -> Reading:
+def reading(
+    options: ConvertOptions, *, scratch: Path | None = None, deep: bool = False, later: bool = False
+) -> Reading:
     """How the source is to be opened; ``scratch`` is a folder for what has to be unpacked.
 
-    ``deep`` judges all tables, not only headers.
+    ``deep`` judges all tables, not only headers; ``later``: the caller settles.
     """
     following = Following(options.parent_map, options.ignore_parent_id) if options.follow_references else None
     view = OpenOptions(snapshot=options.snapshot, size_from=options.size_from)
@@ -191,6 +203,7 @@ def reading(options: ConvertOptions, *, scratch: Path | None = None, deep: bool 
         deep=deep,
         access=access_to(options),
         stated=options.stated_format,
+        later=later,
     )
 
 

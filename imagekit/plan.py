@@ -80,7 +80,8 @@ class ConvertOptions:
     parent_map: tuple[tuple[str, str], ...] = ()
     ignore_parent_id: bool = False
     limits: Limits = DEFAULT_LIMITS
-    confined: bool = False
+    confined: bool | None = None
+    """None: what comes over a network is read in a confined process, unless something was asked that it cannot do."""
     redirect_hosts: tuple[str, ...] = ()
     http_timeout: float = 30.0
     checksum: str | None = None
@@ -102,6 +103,13 @@ class ConvertOptions:
             raise UsageError(f"a map of {self.map_cells} parts, at most {MOST_CELLS} are possible")
         if not self.http_timeout > 0:
             raise UsageError(f"HTTP time-out {self.http_timeout}, more than 0 seconds are needed")
+
+    def is_confined(self, *, elsewhere: bool) -> bool:
+        """Whether to read in a confined process a source that comes from elsewhere, or does not."""
+        if self.confined is not None:
+            return self.confined
+        known = self.source_format is None or registry.is_known(self.source_format)
+        return elsewhere and known and self.verify != "qemu-img"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Which sources are elsewhere, and how they become a file: http:// and https://.
+"""Which sources are elsewhere, and how they become a file: http://, https://, glance:, and what comes through a pipe.
 
 An address is text that begins with a scheme; a path never does, and ``file:`` is no address. What a remote image
 refers to is never followed: its names would be looked for on this machine.
@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from imagekit.errors import SourceError, UnsupportedFeature, UsageError
+from imagekit.errors import CorruptImage, InvalidImage, SourceError, UnknownFormat, UnsupportedFeature, UsageError
 from imagekit.formats.files import FileIdentity, LocalFile
 from imagekit.policy import Finding, finding
 from imagekit.progress import SILENT, Control
 
 if TYPE_CHECKING:
-    from imagekit.checksums import Checksum
+    from imagekit.arriving import Arriving
+    from imagekit.checksums import Checksum, Proof
     from imagekit.glance import Glance
     from imagekit.remote_file import RemoteFile
     from imagekit.remote_http import HttpOptions
 
 SCHEMES = ("http", "https")
 GLANCE = "glance:"
+STDIN = "-"
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 
@@ -77,8 +81,15 @@ def is_glance(source: str | os.PathLike[str]) -> bool:
     return isinstance(source, str) and source.startswith(GLANCE) and not Path(source).exists()
 
 
+def is_elsewhere(source: object) -> bool:
+    """Whether its bytes come over a network."""
+    return isinstance(source, str) and (is_glance(source) or is_remote(source))
+
+
 def file_name(source: str | os.PathLike[str]) -> str:
     """The last part of an address' path, or of a path: what a file made of it is named after."""
+    if source == STDIN:
+        return "image"
     if is_glance(source):
         return os.fspath(source)[len(GLANCE) :].replace("/", "_") or "image"
     if isinstance(source, str) and _ADDRESS.match(source):
@@ -98,6 +109,38 @@ class Opened:
     format: str | None = None
     """What a service states its format to be."""
 
+    checksum: Checksum | None = None
+    """What a service states its checksum to be."""
+
+    proof: Proof | None = None
+    """A checksum that is still computed; nothing may come of the file before it is settled."""
+
+    def settle(self) -> None:
+        """Wait for the proof, look whether the file is still the one that was opened; or the error."""
+        if self.proof is not None:
+            self.proof.settle()
+        if changed := self.identity.differences(self.file.identity):
+            raise SourceError(
+                f"changed while it was read ({', '.join(changed)})",
+                path=self.file.name,
+                hint="stop what writes to it, or convert a snapshot",
+            )
+
+    def close(self) -> None:
+        if self.proof is not None:
+            self.proof.stop()
+        self.file.close()
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Where the bytes make no sense, that they are not the ones meant comes first."""
+        try:
+            yield
+        except (UnknownFormat, InvalidImage, CorruptImage):
+            if self.proof is not None:
+                self.proof.settle()
+            raise
+
 
 def open_named(
     source: str | os.PathLike[str],
@@ -105,28 +148,75 @@ def open_named(
     *,
     folder: Path | None = None,
     following: bool = False,
+    later: bool = False,
     control: Control = SILENT,
 ) -> Opened:
-    """Open a path or an address. With a checksum all of it is read, and is the file that is meant."""
+    """Open a path, an address or standard input.
+
+    A checksum is computed before this returns, or, for a caller who settles what is opened, ``later``: while the file
+    is read.
+    """
     if is_glance(source):
-        return _open_glance(os.fspath(source), access, folder=folder, following=following, control=control)
+        opening = _open_glance(os.fspath(source), access, folder=folder, following=following, control=control)
+    else:
+        file = _open_file(source, access, folder=folder, following=following, control=control)
+        opening = Opened(file, tuple(_findings(file)), file.identity)
+    try:
+        return _proven(opening, source, access, later=later, control=control)
+    except BaseException:
+        opening.file.close()
+        raise
+
+
+def _open_file(
+    source: str | os.PathLike[str], access: Access, *, folder: Path | None, following: bool, control: Control
+) -> LocalFile:
+    if source == STDIN:
+        from imagekit.stream_file import open_stdin
+
+        _refuse_following(following)
+        return open_stdin(folder, control=control)
     if is_remote(source):
         name = os.fspath(source)
-        file: LocalFile = open_remote(name, access, folder=folder, following=following, control=control)
-    else:
-        file = LocalFile.open_source(source)
-    try:
-        identity, found = file.identity, _findings(file)
-        if access.checksum is not None:
-            found += _check(file, source, access, control)
-    except BaseException:
-        file.close()
-        raise
-    return Opened(file, tuple(found), identity)
+        return open_remote(name, access, folder=folder, following=following, control=control)
+    return LocalFile.open_source(source)
+
+
+def _proven(
+    opening: Opened, source: str | os.PathLike[str], access: Access, *, later: bool, control: Control
+) -> Opened:
+    """With the checksum that the caller states, or else the one that a service does."""
+    file, checksum, found = opening.file, opening.checksum, list(opening.findings)
+    if access.checksum is not None:
+        checksum = _stated(source, access, control)
+    if checksum is None:
+        return opening
+    found.append(finding("checksum", f"the {checksum.algorithm} of all its bytes is the one stated"))
+    if checksum.weak:
+        found.append(finding("weak-checksum", f"{checksum.algorithm} proves little: another file can have the same"))
+    if later:
+        from imagekit.checksums import Proof
+
+        return replace(opening, findings=tuple(found), proof=Proof(file, checksum, control))
+    checksum.check(file, control=control)
+    return replace(opening, findings=tuple(found))
+
+
+def _stated(source: str | os.PathLike[str], access: Access, control: Control) -> Checksum:
+    from imagekit.checksums import MAX_LIST, find_checksum
+
+    def read(place: str) -> bytes:
+        listed = replace(access, checksum=None)
+        with open_named(place, listed, control=control).file as found:
+            if found.size > MAX_LIST:
+                raise SourceError(f"has {found.size} bytes, too much for a list of checksums", path=found.name)
+            return found.pread(0, found.size)
+
+    return find_checksum(access.checksum or "", file_name(source), read)
 
 
 def _open_glance(source: str, access: Access, *, folder: Path | None, following: bool, control: Control) -> Opened:
-    """An image of Glance: all of it is fetched and hashed before anything is parsed."""
+    """An image of Glance. What it states to be the hash of it is computed like a checksum that the caller states."""
     _refuse_following(following)
     from imagekit.remote_file import RemoteFile
 
@@ -137,18 +227,10 @@ def _open_glance(source: str, access: Access, *, folder: Path | None, following:
     file = RemoteFile.open(
         service.address(image), options, folder=folder, expected=image.size, label=image.label, control=control
     )
-    try:
-        if access.checksum is not None:
-            found = _check(file, source, access, control)
-        elif image.checksum is not None:
-            found = _agrees(file, image.checksum, control)
-        else:
-            file.complete()
-            found = [finding("no-checksum", "Glance states no checksum of the image that we can compute")]
-    except BaseException:
-        file.close()
-        raise
-    return Opened(file, tuple(found), file.identity, image.format)
+    found = []
+    if image.checksum is None and access.checksum is None:
+        found = [finding("no-checksum", "Glance states no checksum of the image that we can compute")]
+    return Opened(file, tuple(found), file.identity, image.format, checksum=image.checksum)
 
 
 def _refuse_following(following: bool) -> None:
@@ -156,28 +238,6 @@ def _refuse_following(following: bool) -> None:
         raise UnsupportedFeature(
             "what a remote image refers to is not followed", hint="fetch the images first, and leave out the address"
         )
-
-
-def _check(file: LocalFile, source: str | os.PathLike[str], access: Access, control: Control) -> list[Finding]:
-    from imagekit.checksums import MAX_LIST, find_checksum
-
-    def read(place: str) -> bytes:
-        listed = replace(access, checksum=None)
-        with open_named(place, listed, control=control).file as found:
-            if found.size > MAX_LIST:
-                raise SourceError(f"has {found.size} bytes, too much for a list of checksums", path=found.name)
-            return found.pread(0, found.size)
-
-    checksum = find_checksum(access.checksum or "", file_name(source), read)
-    return _agrees(file, checksum, control)
-
-
-def _agrees(file: LocalFile, checksum: Checksum, control: Control) -> list[Finding]:
-    checksum.check(file, control=control)
-    said = [finding("checksum", f"the {checksum.algorithm} of all {file.size} bytes is the one stated")]
-    if checksum.weak:
-        said.append(finding("weak-checksum", f"{checksum.algorithm} proves little: another file can have the same"))
-    return said
 
 
 def open_remote(
@@ -191,28 +251,32 @@ def open_remote(
 
 
 def _findings(file: LocalFile) -> list[Finding]:
-    remote = _remote(file)
-    if remote is None:
+    if type(file) is LocalFile:
         return []
-    if remote.ranges:
+    from imagekit.remote_file import RemoteFile
+
+    if not isinstance(file, RemoteFile):
+        return [finding("staged", "what comes through the pipe is kept in a temporary file, and read as it comes")]
+    if file.ranges:
         return [finding("downloaded", "read over HTTP while it was fetched")]
     return [finding("staged", "the server has no ranges: all of it was fetched to a temporary file first")]
 
 
 def is_fetched(file: LocalFile) -> bool:
-    """Whether its name is an address, which only imagekit can open."""
-    return _remote(file) is not None
+    """Whether its name is no path, but something that only imagekit can open."""
+    return arriving(file) is not None or file.name.startswith("<")
 
 
 def complete(file: LocalFile) -> None:
-    """Fetch what is missing of a file that others are to read by its descriptor."""
-    if (remote := _remote(file)) is not None:
-        remote.complete()
+    """Wait for what is missing of a file that others are to read by its descriptor."""
+    if (coming := arriving(file)) is not None:
+        coming.complete()
 
 
-def _remote(file: LocalFile) -> RemoteFile | None:
-    if type(file) is LocalFile:  # most are; the modules for HTTP are loaded only when used
+def arriving(file: LocalFile) -> Arriving | None:
+    """The file, where its bytes may still be coming."""
+    if type(file) is LocalFile:  # most are; the modules for the others are loaded only when used
         return None
-    from imagekit.remote_file import RemoteFile
+    from imagekit.arriving import Arriving
 
-    return file if isinstance(file, RemoteFile) else None
+    return file if isinstance(file, Arriving) else None

@@ -1,8 +1,9 @@
-"""A file that comes over HTTP while it is read: a nameless local file whose missing parts are fetched when needed.
+"""A file that comes over a network while it is read: missing parts are fetched when they are needed.
 
-Threads fetch what a reader waits for first, and what lies behind it next, in ascending order: a converter finds its
-bytes already there. Every byte is fetched once at most, whatever is read twice; memory is a state a piece. From a
-server without ranges all of it is fetched before the first read.
+Threads fetch what a reader waits for first, what lies behind it next, and then the rest where all of it is wanted
+(for a checksum), in ascending order: a converter finds its bytes already there. Every byte is fetched once at most,
+whatever is read twice; memory is a state a piece. From a server without ranges all of it is fetched before the first
+read.
 
 The nameless file takes the room of what was fetched, and is gone with its descriptor, however the program ends.
 """
@@ -10,20 +11,16 @@ The nameless file takes the room of what was fetched, and is gone with its descr
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
+from imagekit.arriving import MAX_SIZE, PIECE, Arriving, Digest
 from imagekit.errors import ImagekitError, SourceError, UnsafeImage
-from imagekit.formats.base import Buffer, MiB, TiB
-from imagekit.formats.files import FileIdentity, LocalFile, nameless
+from imagekit.formats.files import LocalFile, nameless
 from imagekit.progress import INTERVAL, SILENT, Control
 from imagekit.remote_http import Answer, Dropped, HttpOptions, Resource
 
-PIECE = MiB
 RUN = 8
 """Pieces one request asks for at most."""
 AHEAD = 64
@@ -31,19 +28,11 @@ AHEAD = 64
 NEAR = 4
 """Pieces that a reader may skip, or go back, and still goes forward."""
 CONNECTIONS = 4
-MAX_SIZE = 16 * TiB
-"""Of a file that is fetched: the states of its pieces take 16 MiB then."""
 PHASE = "download"
 MISSING, IN_FLIGHT, PRESENT = 0, 1, 2
 
 
-class Digest(Protocol):
-    """What hashlib's objects can do."""
-
-    def update(self, data: Buffer, /) -> None: ...
-
-
-class RemoteFile(LocalFile):
+class RemoteFile(Arriving):
     """The bytes of a resource. Reads wait for what is missing; safe to share between threads."""
 
     ranges: bool
@@ -58,6 +47,7 @@ class RemoteFile(LocalFile):
         self._threads: list[threading.Thread] = []
         self._wanted: set[int] = set()
         self._ahead = range(0)
+        self._rest = range(0)
         self._last = 0
         self._error: ImagekitError | None = None
         self._closed = False
@@ -175,8 +165,9 @@ class RemoteFile(LocalFile):
                 if self._closed or self._error is not None:
                     return None
                 first = min((one for one in self._wanted if self._states[one] == MISSING), default=-1)
-                if first < 0:
-                    first = self._states.find(MISSING, self._ahead.start, self._ahead.stop)
+                for part in (self._ahead, self._rest):
+                    if first < 0:
+                        first = self._states.find(MISSING, part.start, part.stop)
                 if first >= 0:
                     break
                 self._changed.wait()
@@ -187,7 +178,9 @@ class RemoteFile(LocalFile):
             return range(first, end)
 
     def _may_follow(self, piece: int) -> bool:
-        return self._states[piece] == MISSING and (piece in self._ahead or piece in self._wanted)
+        return self._states[piece] == MISSING and any(
+            piece in part for part in (self._ahead, self._rest, self._wanted)
+        )
 
     def _fetch(self, run: range) -> None:
         start, end = run.start * PIECE, min(run.stop * PIECE, self._size)
@@ -210,8 +203,7 @@ class RemoteFile(LocalFile):
 
     # --- waiting -----------------------------------------------------------------------------------------------
 
-    def _need(self, offset: int, length: int) -> None:
-        """Return when the bytes are here."""
+    def need(self, offset: int, length: int) -> None:
         end = min(offset + length, self._size)
         if offset >= end:
             return
@@ -241,25 +233,23 @@ class RemoteFile(LocalFile):
         if self._closed:
             raise SourceError("is closed", path=self.name)
 
-    def complete(self, *digests: Digest) -> None:
-        """Fetch all that is missing; the digests get every byte, in order, while the rest still comes."""
-        with self._changed:
-            self._ahead = range(len(self._states))
-            self._changed.notify_all()
+    def complete(self, *digests: Digest, control: Control | None = None) -> None:
+        told = control or self._control
         for offset in range(0, self._size, PIECE):
             with self._changed:
-                self._ahead = range(offset // PIECE, len(self._states))
+                self._rest = range(offset // PIECE, len(self._states))
                 while self._states[offset // PIECE] != PRESENT:
+                    told.check()
                     self._check()
                     self._start()
                     self._changed.notify_all()
                     self._changed.wait(INTERVAL)
-                    self._control.tell(PHASE, self._fetched, self._size)
+                    told.tell(PHASE, self._fetched, self._size)
             if digests:
-                data = self.pread(offset, PIECE)
+                data = self.pread_here(offset, PIECE)
                 for digest in digests:
                     digest.update(data)
-            self._control.tell(PHASE, offset, self._size)
+            told.tell(PHASE, offset, self._size)
 
     # --- as a file ---------------------------------------------------------------------------------------------
 
@@ -273,42 +263,15 @@ class RemoteFile(LocalFile):
         return self._fetched
 
     @property
-    def allocated_size(self) -> int:
-        return self._size
+    def all_here(self) -> bool:
+        return self._states.count(PRESENT) == len(self._states)
 
-    @property
-    def identity(self) -> FileIdentity:
-        # The local file grows while it is read; that the resource stays the same is seen to by each answer.
-        info = os.fstat(self._fd)
-        return FileIdentity(info.st_dev, info.st_ino, self._size, 0, 0)
-
-    @property
-    def held_for_writing(self) -> bool:
-        return False
-
-    def pread_into(self, offset: int, buffer: memoryview) -> int:
-        view = buffer[: max(0, self._size - offset)]
-        self._need(offset, len(view))
-        return super().pread_into(offset, view)
-
-    def pread(self, offset: int, length: int) -> bytes:
-        self._need(offset, length)
-        return super().pread(offset, length)
-
-    def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """All of it: what the server has holes for is not known."""
-        if (end := min(offset + length, self._size)) > offset:
-            yield offset, end - offset
-
-    def fileno(self) -> int | None:
-        """The descriptor, once everything is there: who has it reads past us."""
-        complete = self._states.count(PRESENT) == len(self._states)
-        return super().fileno() if complete else None
-
-    def again(self) -> LocalFile:
-        """All of it, as a file that no longer needs the network."""
-        self.complete()
-        return super().again()
+    def here_from(self, offset: int) -> int:
+        first = offset // PIECE
+        end = first
+        while end < len(self._states) and self._states[end] == PRESENT:
+            end += 1
+        return min(end * PIECE, self._size) if end > first else offset
 
     def close(self) -> None:
         with self._changed:

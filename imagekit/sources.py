@@ -48,6 +48,9 @@ class Source:
     wrappers: tuple[str, ...] = ()
     """What it was packed with, the outermost first."""
 
+    opened: remote.Opened | None = None
+    """How ``original`` was opened, with the proof that may be pending."""
+
     @property
     def depth(self) -> int:
         """Images in its longest chain, itself included."""
@@ -60,7 +63,9 @@ class Source:
             yield from source.below()
 
     def check_unchanged(self) -> None:
-        """SourceError when one of the files changed since it was opened."""
+        """SourceError when one of the files changed since it was opened, and whatever its checksum says."""
+        if self.opened is not None and self.opened.proof is not None:
+            self.opened.proof.settle()
         changed = self.identity.differences(self.original.identity)
         if changed:
             raise SourceError(
@@ -72,6 +77,8 @@ class Source:
             source.check_unchanged()
 
     def close(self) -> None:
+        if self.opened is not None:
+            self.opened.close()
         self.image.close()
         self.original.close()
         for source in self.chain:
@@ -126,6 +133,10 @@ class Reading:
     stated: str | None = None
     """The format that a service says the image has."""
 
+    later: bool = False
+    """Whether the caller settles (:meth:`Source.check_unchanged`) before anything comes of the source: a checksum
+    is computed meanwhile then, not before."""
+
     def enforce(self, findings: list[policy.Finding], file: LocalFile) -> None:
         if self.allow is not None:
             answered = policy.REFERENCES if self.following is not None else frozenset()
@@ -140,16 +151,23 @@ def open_source(
     if isinstance(path, LocalFile):
         opened = remote.Opened(path, (), path.identity)
     else:
-        following = reading.following is not None
-        opened = remote.open_named(path, reading.access, folder=reading.scratch, following=following, control=control)
+        opened = remote.open_named(
+            path,
+            reading.access,
+            folder=reading.scratch,
+            following=reading.following is not None,
+            later=reading.later,
+            control=control,
+        )
     try:
-        source = _recognised(opened.file, reading, control)
+        with opened.blamed():
+            source = _recognised(opened.file, reading, control)
         _check_stated(source, reading, opened.format or reading.stated)
-        source = replace(source, identity=opened.identity, findings=(*opened.findings, *source.findings))
     except BaseException:
-        opened.file.close()
+        opened.close()
         raise
-    return source
+    findings = (*opened.findings, *source.findings)
+    return replace(source, identity=opened.identity, findings=findings, opened=opened)
 
 
 def _check_stated(source: Source, reading: Reading, stated: str | None) -> None:

@@ -14,10 +14,13 @@ from typing import TypeAlias
 
 from imagekit.errors import CorruptImage, UnsafeImage, UnsupportedFeature
 from imagekit.formats import registry
-from imagekit.formats.base import File, MiB, TiB
+from imagekit.formats.base import File, KiB, MiB, TiB
 
 PIECE = 1 * MiB
 ZEROS = bytes(PIECE)
+BLOCK = 4 * KiB
+"""Zeros are left out by blocks of this size, as file systems allocate."""
+WIDE = 64 * KiB
 LIMIT_RULE = "wrapper-limit"
 REFERENCE_RULE = "wrapper-reference"
 NAMES_SHOWN = 8
@@ -184,3 +187,32 @@ def check_unique(members: Sequence[Member], path: str) -> None:
                 hint="unpack it, and see which one is meant",
             )
         seen.add(one.name)
+
+
+def data_runs(offset: int, piece: bytes) -> Iterator[tuple[int, int]]:
+    """(start, end) of the parts of ``piece``, which belongs at ``offset``, in blocks that are not all zero."""
+    start = at = 0  # what lies between is data, and not yielded yet
+    while at < len(piece):
+        end = min(at + BLOCK - (offset + at) % BLOCK, len(piece))
+        wide = min(at + WIDE, len(piece))
+        zero = _is_zero(piece, at, wide)
+        if zero:
+            end = wide
+        else:
+            zero = _is_zero(piece, at, end)
+        if zero:
+            if at > start:
+                yield start, at
+            start = end
+        at = end
+    if at > start:
+        yield start, at
+
+
+_ZERO_BLOCK, _ZERO_WIDE = bytes(BLOCK), bytes(WIDE)
+
+
+def _is_zero(piece: bytes, start: int, end: int) -> bool:
+    length = end - start
+    zeros = _ZERO_WIDE if length == WIDE else _ZERO_BLOCK if length == BLOCK else ZEROS[:length]
+    return piece.startswith(zeros, start)

@@ -142,15 +142,15 @@ def _zstd_module() -> Any:
 
 
 class Input:
-    """The packed bytes from ``at`` to ``end`` of a file; ``at`` moves on as they are decoded."""
+    """The packed bytes from ``at`` to ``end`` of a file, or to its own end; ``at`` moves on as they are decoded."""
 
     def __init__(self, file: File, start: int = 0, end: int | None = None) -> None:
         self.file = file
         self.at = start
-        self.end = file.size if end is None else end
+        self.end = end
 
     def read(self, length: int) -> bytes:
-        data = self.file.pread(self.at, min(length, self.end - self.at))
+        data = self.file.pread(self.at, length if self.end is None else min(length, self.end - self.at))
         self.at += len(data)
         return data
 

@@ -21,19 +21,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from imagekit.arriving import Arriving
 from imagekit.errors import CorruptImage, TargetError, UnknownFormat, UnsafeImage
 from imagekit.formats import registry
-from imagekit.formats.base import Fact, File, KiB, MiB
+from imagekit.formats.base import Fact, File, MiB
 from imagekit.formats.files import LocalFile, free_space, nameless
 from imagekit.progress import SILENT, Control
 from imagekit.wrapper_ova import is_ovf_name, open_ova
 from imagekit.wrapper_parts import (
-    ZEROS,
     Part,
     WrapperLimits,
     base_name,
     check_unique,
     choose_disk,
+    data_runs,
     over_limit,
 )
 from imagekit.wrapper_streams import Input, all_streams, detect_stream
@@ -44,9 +45,6 @@ __all__ = ["DEFAULT_LIMITS", "Unwrapped", "WrapperLimits", "detect", "unwrap"]
 
 DEFAULT_LIMITS = WrapperLimits()
 PHASE = "unpack"
-BLOCK = 4 * KiB
-"""Zeros are left out by blocks of this size, as file systems allocate."""
-WIDE = 64 * KiB
 TELL_EVERY = 16 * MiB
 LOOK_EVERY = 64 * MiB
 """Bytes written between two looks at the free space."""
@@ -118,9 +116,17 @@ def unwrap(
                     path=file.name,
                     hint="unpack it by hand",
                 )
-            _check_only_a_wrapper(current, kind)
+            streamed = isinstance(current, Arriving) and kind in _STREAM_SUFFIXES
+            if not streamed:
+                _check_only_a_wrapper(current, kind)
             content = _open(current, kind, limits, control)
             inner = _unpack(content, file, limits, made, control)
+            if streamed:  # a claim may lie at the end, and what is packed is unpacked as it comes
+                try:
+                    _check_only_a_wrapper(current, kind)
+                except BaseException:
+                    inner.close()
+                    raise
             if current is not file:
                 current.close()
             current = inner
@@ -172,9 +178,10 @@ class _Content:
 
 def _open(file: LocalFile, kind: str, limits: WrapperLimits, control: Control) -> _Content:
     if kind in _STREAM_SUFFIXES:
-        source, total = Input(file), file.size
+        source = Input(file)
         parts = all_streams(source, kind, limits)
-        return _Content(kind, _stream_name(file.name, kind), parts, None, lambda _: (source.at, total))
+        name = _stream_name(file.name, kind)
+        return _Content(kind, name, parts, None, lambda _: (source.at, max(source.at, file.size_so_far)))
     members = zip_members(file, limits) if kind == "zip" else tar_members(file, limits)
     check_unique(members, file.name)
     facts: tuple[Fact, ...] = ()
@@ -215,7 +222,7 @@ def _unpack(
     _check_size(content.size or 0, limits, path)
     target = make(f"{path}!{content.name}")
     try:
-        writer = _Writer(target, outermost.size, limits, path)
+        writer = _Writer(target, outermost, limits, path)
         told = done = 0
         for offset, piece in content.parts:
             control.check()
@@ -245,9 +252,9 @@ def _check_size(size: int, limits: WrapperLimits, path: str) -> None:
 class _Writer:
     """Writes what is not zero, within the limits."""
 
-    def __init__(self, target: LocalFile, packed: int, limits: WrapperLimits, path: str) -> None:
+    def __init__(self, target: LocalFile, packed: LocalFile, limits: WrapperLimits, path: str) -> None:
         self._target = target
-        self._packed = packed
+        self._outermost = packed
         self._limits = limits
         self._path = path
         self._unpacked = self._written = 0
@@ -265,14 +272,14 @@ class _Writer:
         self._check_ratios()
 
     def _check_ratios(self) -> None:
-        limits = self._limits
+        limits, packed = self._limits, self._outermost.size_so_far
         for what, count, ratio, free in (
             ("bytes of data", self._written, limits.ratio, limits.ratio_from),
             ("bytes", self._unpacked, limits.zero_ratio, limits.zero_ratio_from),
         ):
-            if count > free + ratio * self._packed:
+            if count > free + ratio * packed:
                 raise over_limit(
-                    f"{self._packed} bytes unpack to more than {count} {what}, at most {ratio} to one are allowed",
+                    f"{packed} bytes unpack to more than {count} {what}, at most {ratio} to one are allowed",
                     path=self._path,
                     hint="unpack it by hand where its origin is trusted",
                 )
@@ -288,32 +295,3 @@ class _Writer:
                 path=self._path,
                 hint="make room, or choose another folder for temporary files",
             )
-
-
-def data_runs(offset: int, piece: bytes) -> Iterator[tuple[int, int]]:
-    """(start, end) of the parts of ``piece``, which belongs at ``offset``, in blocks that are not all zero."""
-    start = at = 0  # what lies between is data, and not yielded yet
-    while at < len(piece):
-        end = min(at + BLOCK - (offset + at) % BLOCK, len(piece))
-        wide = min(at + WIDE, len(piece))
-        zero = _is_zero(piece, at, wide)
-        if zero:
-            end = wide
-        else:
-            zero = _is_zero(piece, at, end)
-        if zero:
-            if at > start:
-                yield start, at
-            start = end
-        at = end
-    if at > start:
-        yield start, at
-
-
-_ZERO_BLOCK, _ZERO_WIDE = bytes(BLOCK), bytes(WIDE)
-
-
-def _is_zero(piece: bytes, start: int, end: int) -> bool:
-    length = end - start
-    zeros = _ZERO_WIDE if length == WIDE else _ZERO_BLOCK if length == BLOCK else ZEROS[:length]
-    return piece.startswith(zeros, start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,16 @@ import pytest
 
 import imagekit
 from fixtures.qcow2_images import Compressed, Plain, Recipe, make
-from imagekit import remote
+from imagekit import api, remote
 from imagekit.cli.app import run
-from imagekit.errors import SourceError, UnsafeImage, UnsupportedFeature, UsageError
+from imagekit.errors import (
+    InvalidImage,
+    SourceError,
+    UnsafeImage,
+    UnsupportedFeature,
+    UsageError,
+    VerificationFailed,
+)
 from imagekit.limits import Limits
 from tests.disks import noise, text
 from tests.web import Site, answers, drops, only, serve, states
@@ -124,7 +132,7 @@ def test_what_a_remote_image_refers_to_is_not_followed(site: Site) -> None:
 
 def test_a_remote_image_is_not_repaired(site: Site) -> None:
     with pytest.raises(UnsupportedFeature, match="repaired"):
-        imagekit.api.check(site.url, repair=True)
+        api.check(site.url, repair=True)
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/x", "nbd://host"])
@@ -155,6 +163,43 @@ def test_exit_codes_of_the_command_line(site: Site, no_leftovers: Path, capsys: 
     site.fault = only(range(1, 99), drops(0))
     assert run(["convert", "ftp://host/x", target]) == 2
     assert run(["info", site.url, "--http-timeout", "0"]) == 2
+
+
+def test_what_comes_from_elsewhere_is_read_confined_unless_asked_otherwise(
+    tmp_path: Path, site: Site, local: Path
+) -> None:
+    """Nobody has to think of it; and the network stays outside."""
+    report = imagekit.convert(site.url, tmp_path / "a.vhdx")
+    assert "limits" in report.confinement
+    assert imagekit.info(site.url).confinement == report.confinement
+    assert imagekit.convert(site.url, tmp_path / "b.vhdx", confined=False).confinement == ()
+    assert imagekit.convert(local, tmp_path / "c.vhdx").confinement == ()
+    assert imagekit.convert(site.url, tmp_path / "d.vhdx", verify="qemu-img").confinement == ()
+
+
+@pytest.mark.parametrize("confined", [True, False])
+def test_a_checksum_is_taken_in_the_pass_that_copies(tmp_path: Path, site: Site, confined: bool) -> None:
+    """The converter goes on while bytes that it does not need are still to be hashed; each comes once."""
+    site.content = image() + noise(12 << 20)
+    site.latency = 0.05
+    right = hashlib.sha256(site.content).hexdigest()
+    report = imagekit.convert(site.url, tmp_path / "disk.vhdx", checksum=f"sha256:{right}", confined=confined)
+    assert site.sent == len(site.content)
+    assert any("sha256" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("confined", [True, False])
+def test_that_bytes_are_not_the_ones_meant_is_said_before_that_they_make_no_sense(
+    no_leftovers: Path, site: Site, confined: bool
+) -> None:
+    damaged = bytearray(image())
+    damaged[40:48] = b"\xff" * 8  # the L1 table's place
+    right = hashlib.sha256(site.content).hexdigest()
+    site.content = bytes(damaged)
+    with pytest.raises(VerificationFailed, match="was expected"):
+        imagekit.convert(site.url, no_leftovers / "disk.vhdx", checksum=f"sha256:{right}", confined=confined)
+    with pytest.raises(InvalidImage):
+        imagekit.convert(site.url, no_leftovers / "disk.vhdx", confined=confined)
 
 
 def test_a_confined_process_gets_the_whole_file(

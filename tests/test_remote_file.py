@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from imagekit.arriving import PIECE, Arriving
 from imagekit.errors import Cancelled, SourceError, UnsafeImage, UsageError
 from imagekit.formats.files import LocalFile
 from imagekit.progress import Control
-from imagekit.remote_file import PIECE, RemoteFile
+from imagekit.remote_file import RemoteFile
 from imagekit.remote_http import HttpOptions, shown
+from imagekit.stream_file import StreamFile
 from tests.disks import noise
 from tests.web import Answer, Site, answers, compresses, drops, only, serve, states
 
@@ -33,8 +35,10 @@ def fetched(site: Site, options: HttpOptions = QUICK, **more: Any) -> bytes:
 def test_whatever_reads_a_local_file_waits_for_a_remote_one() -> None:
     """A way to read that LocalFile gains, and that would see the parts not fetched yet, must be thought of here."""
     harmless = {"open_source", "open_for_change", "pwrite", "truncate", "preallocate", "flush"}
+    harmless |= {"size_so_far"}
     ways = {name for name in vars(LocalFile) if not name.startswith("_")} - harmless
-    assert ways - set(vars(RemoteFile)) == set()
+    assert ways - set(vars(Arriving)) - set(vars(RemoteFile)) == set()
+    assert ways - set(vars(Arriving)) - set(vars(StreamFile)) == set()
 
 
 def test_all_bytes_arrive_from_a_server_with_ranges() -> None:

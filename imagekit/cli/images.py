@@ -50,7 +50,7 @@ def info(
     limits: Limits,
     format: Format = None,
     deep: Deep = False,
-    confined: Confined = False,
+    confined: Confined = None,
     hyperv: Annotated[
         bool, typer.Option("--hyperv", help="Look into the disk: is the guest on it ready for Hyper-V?")
     ] = False,
@@ -281,7 +281,7 @@ def convert(
     ] = "structure",
     preallocate: Annotated[bool, typer.Option("--preallocate", help="Leave no holes in the file.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
-    confined: Confined = False,
+    confined: Confined = None,
     upload: Annotated[
         str | None,
         typer.Option(

@@ -161,9 +161,12 @@ def reading(
 
 Deep = Annotated[bool, typer.Option("--deep", help="Look at all tables: overlaps, pointers out of the file.")]
 Confined = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--confined", envvar="IMAGEKIT_CONFINED", help="Read the image in a process that can do nothing else (Linux)."
+        "--confined/--no-confined",
+        envvar="IMAGEKIT_CONFINED",
+        help="Read the image in a process that can do nothing else (Linux); default for what comes over a network.",
+        show_default=False,
     ),
 ]
 
