@@ -54,13 +54,16 @@ def verify_structure(plan: ConversionPlan, target: File, *, file_size: int | Non
 
 
 def present_blocks(image: DiskImage, block_size: int) -> Iterator[tuple[int, int]]:
-    """Runs (first, count) of the blocks an image has allocated, neighbours joined."""
+    """Runs (first, count) of the blocks an image has allocated, neighbours joined.
+
+    An extent may begin inside a block: what was never written to a fixed disk is an extent of its own.
+    """
     start = end = 0
     for extent in image.extents():
         if not extent.present:
             continue
         first = extent.start // block_size
-        if first != end:
+        if first > end:
             if end > start:
                 yield start, end - start
             start = first

@@ -200,6 +200,19 @@ def test_a_dry_run_tells_the_size_and_writes_nothing(tmp_path: Path, no_leftover
 
 
 @posix_only
+@pytest.mark.parametrize("name", ["out.vhd", "out.vhdx", "out.raw"])
+def test_a_fixed_disk_with_holes_inside_its_blocks_passes_its_own_verification(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "sparse.raw"
+    with source.open("wb") as out:
+        for at in (0, 5 * K64, 17 * K64, 90 * K64):
+            out.seek(at)
+            out.write(noise(K64, at))
+        out.truncate(8 * MiB)
+    convert_image(source, tmp_path / name, options(subformat=None if name == "out.raw" else "fixed", verify="content"))
+    assert read(tmp_path / name) == source.read_bytes()
+
+
+@posix_only
 def test_a_preallocated_disk_takes_its_room_and_has_the_same_bytes(tmp_path: Path) -> None:
     source = written(tmp_path, QCOW2)
     for name, preallocate in (("thin.vhd", False), ("thick.vhd", True)):
