@@ -13,7 +13,7 @@ import uuid
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Protocol, TypeAlias
 
 from imagekit.errors import CorruptImage, UnsupportedFeature, UsageError
@@ -108,7 +108,8 @@ def read_exactly(file: File, offset: int, length: int, what: str) -> bytes:
 class Extent:
     """A part of the guest's disk whose bytes lie in one way; the keys of ``qemu-img map --output=json``.
 
-    ``offset`` is where the bytes lie unencoded in the file, so that the kernel can copy them; else None.
+    ``offset`` is where the bytes lie unencoded in a file, so that the kernel can copy them; else None. ``file`` is
+    that file, where it is not the image's own: a parent's, an extent's.
     """
 
     start: int
@@ -119,6 +120,7 @@ class Extent:
     depth: int = 0
     compressed: bool = False
     offset: int | None = None
+    file: File | None = field(default=None, compare=False, repr=False)
 
     @property
     def end(self) -> int:
@@ -134,7 +136,7 @@ class Extent:
             "data": self.data,
             "compressed": self.compressed,
         }
-        if self.offset is not None:
+        if self.offset is not None and self.file is None:
             out["offset"] = self.offset
         return out
 
@@ -151,7 +153,16 @@ class Extent:
             return False
         if self.offset is None or after.offset is None:
             return self.offset is after.offset
-        return self.offset + self.length == after.offset
+        return self.file is after.file and self.offset + self.length == after.offset
+
+    def part(self, start: int, end: int) -> Extent:
+        """What of it lies in ``start``..``end``, which lies in it."""
+        offset = None if self.offset is None else self.offset + start - self.start
+        return replace(self, start=start, length=end - start, offset=offset)
+
+    def elsewhere(self, start: int, file: File | None, *, deeper: int = 0) -> Extent:
+        """The same bytes as a part of another disk, from ``start``: ``file`` is the file of the image they lie in."""
+        return replace(self, start=start, depth=self.depth + deeper, file=self.file or file)
 
 
 def merge_extents(extents: Iterable[Extent]) -> Iterator[Extent]:
@@ -159,16 +170,7 @@ def merge_extents(extents: Iterable[Extent]) -> Iterator[Extent]:
     last: Extent | None = None
     for extent in extents:
         if last is not None and last.joins(extent):
-            last = Extent(
-                last.start,
-                last.length + extent.length,
-                last.data,
-                last.zero,
-                last.present,
-                last.depth,
-                last.compressed,
-                last.offset,
-            )
+            last = replace(last, length=last.length + extent.length)
             continue
         if last is not None:
             yield last
@@ -240,6 +242,11 @@ class DiskImage(Protocol):
 
     sector_size: int = SECTOR
     """Logical sector size in bytes."""
+
+    @property
+    def container(self) -> File | None:
+        """The file that the offsets of its extents are in; None where there is none, or more than one."""
+        return None
 
     def info(self) -> ImageInfo:
         """What the headers say; works on images that cannot be read."""

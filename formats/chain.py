@@ -44,16 +44,7 @@ class Below:
         image, end = self.image(), start + length
         if image is not None:
             for extent in image.extents(start, length):
-                # The kernel can copy from one file only: what lies in another has no offset here.
-                yield Extent(
-                    extent.start,
-                    extent.length,
-                    extent.data,
-                    extent.zero,
-                    extent.present,
-                    extent.depth + 1,
-                    extent.compressed,
-                )
+                yield extent.elsewhere(extent.start, image.container, deeper=1)
                 start = extent.end
         if start < end:
             yield Extent(start, end - start, data=False, zero=True, present=False)

@@ -2,7 +2,8 @@
 
 Python's ``zlib`` and ``binascii`` know another polynomial only. Up to a few hundred bytes go through a table, byte
 by byte. Longer input is cut into lanes of equal length, which numpy advances side by side, four bytes a step; the
-lanes are joined pairwise, as CRC(A + B) = shift(CRC(A), length of B) xor CRC(B) and the shift is linear.
+lanes are joined pairwise, as CRC(A + B) = shift(CRC(A), length of B) xor CRC(B) and the shift is linear. Zeros at the
+end, most of a VHDX's tables, are such a shift, and cost neither.
 
 Measured on one core: 4 KiB in 0.25 ms, 64 KiB in 0.6 ms, about 250 MB/s from 1 MiB on.
 """
@@ -27,6 +28,10 @@ _SHORT = 512
 def crc32c(data: Buffer, value: int = 0) -> int:
     """The checksum of ``data``; ``value`` is the checksum of what comes before it."""
     view = memoryview(data).cast("B")
+    zeros = len(view)
+    if zeros > _SHORT and not view[-1]:
+        view = memoryview(bytes(view).rstrip(b"\0"))
+    zeros -= len(view)
     crc = value ^ _ONES
     while len(view) > _SHORT:
         # The largest lanes first, then smaller ones for the rest: at most three rounds.
@@ -36,6 +41,10 @@ def crc32c(data: Buffer, value: int = 0) -> int:
     table = _table()
     for byte in view:
         crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    while zeros:
+        lowest = zeros & -zeros
+        crc = _advance(crc, lowest)
+        zeros ^= lowest
     return crc ^ _ONES
 
 
@@ -118,10 +127,13 @@ def _shift_tables(length: int) -> tuple[NDArray[np.uint32], ...]:
     import numpy as np
 
     operator = _operator(length.bit_length() - 1)
-    return tuple(
-        np.array([_apply(operator, value << place) for value in range(256)], dtype=np.uint32)
-        for place in (0, 8, 16, 24)
-    )
+    tables = []
+    for place in (0, 8, 16, 24):
+        table = np.zeros(256, dtype=np.uint32)
+        for bit in range(8):  # linear: what a bit more changes is the same for all values of the bits below
+            table[1 << bit : 2 << bit] = table[: 1 << bit] ^ np.uint32(operator[place + bit])
+        tables.append(table)
+    return tuple(tables)
 
 
 def _shift(crc: NDArray[np.uint32], length: int) -> NDArray[np.uint32]:

@@ -166,6 +166,10 @@ class Qcow2Image(DiskImage):
     def _encryption(self) -> str:
         return {1: "AES", 2: "LUKS"}.get(self.header.crypt_method, f"method {self.header.crypt_method}")
 
+    @property
+    def container(self) -> File:
+        return self.file
+
     def info(self) -> ImageInfo:
         header = self.header
         features: dict[str, JSON] = {
@@ -340,9 +344,8 @@ class Qcow2Image(DiskImage):
                 if data is None:
                     yield Extent(run.start, run.length, data=True, zero=False, offset=run.offset)
                 else:
-                    # The kernel can copy from our own file only: what lies in another has no offset here.
                     for one in data.extents(run.offset, run.length):
-                        yield Extent(one.start, one.length, one.data, one.zero, compressed=one.compressed)
+                        yield one.elsewhere(one.start, data.container)
             elif run.kind == COMPRESSED:
                 yield Extent(run.start, run.length, data=True, zero=False, compressed=True)
             elif run.kind == ZERO:

@@ -35,6 +35,10 @@ class RawImage(DiskImage):
         self.file = file
         self.virtual_size = virtual_size
 
+    @property
+    def container(self) -> File:
+        return self.file
+
     def info(self) -> ImageInfo:
         return ImageInfo(format="raw", virtual_size=self.virtual_size)
 

@@ -72,6 +72,10 @@ class VdiImage(DiskImage):
         self._lock = threading.Lock()
         self._cache: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
 
+    @property
+    def container(self) -> File:
+        return self.file
+
     def info(self) -> ImageInfo:
         header = self.header
         features: dict[str, JSON] = {

@@ -217,6 +217,10 @@ class VhdImage(DiskImage):
                 offset=self.footers.data_end,
             )
 
+    @property
+    def container(self) -> File:
+        return self.file
+
     def info(self) -> ImageInfo:
         footer, header = self.footer, self.dynamic
         features: dict[str, JSON] = {
@@ -335,9 +339,9 @@ class VhdImage(DiskImage):
             while at < one.end:
                 while under.end <= at:
                     under = next(below)
-                length = min(one.end, under.end) - at
-                yield Extent(at, length, under.data, under.zero, under.present, under.depth, under.compressed)
-                at += length
+                until = min(one.end, under.end)
+                yield under.part(at, until)
+                at = until
 
     def _runs(self, start: int, end: int) -> Iterator[list[_Run]]:
         """Runs that cover start..end: a list for each block or part of one, and for blocks not allocated in a row."""

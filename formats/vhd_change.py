@@ -135,7 +135,9 @@ def check_size(image: VhdImage, size: int) -> None:
                 path=name,
             )
         for extent in image.extents(size):
-            if extent.offset is not None and not is_zero(image.file, extent.offset, extent.offset + extent.length):
+            if extent.offset is None or extent.file is not None:
+                continue
+            if not is_zero(image.file, extent.offset, extent.offset + extent.length):
                 raise _would_lose(image, size)
 
 

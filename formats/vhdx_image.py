@@ -206,6 +206,10 @@ class VhdxImage(DiskImage):
 
     # --- what the headers say --------------------------------------------------------------------------------
 
+    @property
+    def container(self) -> File:
+        return self.raw_file
+
     def info(self) -> ImageInfo:
         parameters = self.metadata.parameters
         features: dict[str, JSON] = {

@@ -122,9 +122,7 @@ class DescriptorImage(DiskImage):
                 yield Extent(begin, stop - begin, data=False, zero=True)
                 continue
             for one in image.extents(inside, stop - begin):
-                # The kernel can copy from one file only: what lies in another has no offset here.
-                at = one.start - inside + begin
-                yield Extent(at, one.length, one.data, one.zero, one.present, one.depth, one.compressed)
+                yield one.elsewhere(one.start - inside + begin, image.container)
 
     def pread_into(self, offset: int, buffer: memoryview) -> None:
         self._check_readable()

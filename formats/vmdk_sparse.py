@@ -94,6 +94,10 @@ class SparseImage(DiskImage):
             )
         return Descriptor.embedded(read_exactly(self.file, start, length, "the descriptor"), offset=start)
 
+    @property
+    def container(self) -> File:
+        return self.file
+
     def info(self) -> ImageInfo:
         if self._table_facts is None:
             differs = self.tables.difference(COMPARE_BYTES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from imagekit.formats.base import Barrier, Change, Copy, DiskImage, File, MiB, Truncate
+from imagekit.formats.files import kernel_copy
 from imagekit.progress import SILENT, Control
 
 STEP = 2 * MiB
@@ -32,10 +33,17 @@ def apply(
 
 
 def _copy(change: Copy, image: DiskImage, file: File, control: Control) -> None:
-    buffer = memoryview(bytearray(min(STEP, change.length)))
-    for done in range(0, change.length, STEP):
-        control.check()
-        part = buffer[: min(STEP, change.length - done)]
-        image.pread_into(change.start + done, part)
-        file.pwrite(change.offset + done, part)
-        control.tell("merge", change.start + done, image.virtual_size)
+    move = change.offset - change.start
+    for extent in image.extents(change.start, change.length):
+        start = extent.start
+        origin = extent.file or image.container
+        while start < extent.end:
+            control.check()
+            length = min(STEP, extent.end - start)
+            done = 0
+            if extent.data and extent.offset is not None and origin is not None:
+                done = kernel_copy(origin, extent.offset + start - extent.start, file, start + move, length)
+            if done < length:
+                file.pwrite(start + done + move, image.pread(start + done, length - done))
+            control.tell("merge", start, image.virtual_size)
+            start += length

@@ -158,7 +158,7 @@ def _copy_by_kernel(extents: list[Extent], chunk: Chunk, source: File, target: F
     for extent in extents:
         assert extent.offset is not None
         at = chunk.target + extent.start - chunk.start
-        count = kernel_copy(source, extent.offset, target, at, extent.length)
+        count = kernel_copy(extent.file or source, extent.offset, target, at, extent.length)
         copied += count
         if count < extent.length:
             break

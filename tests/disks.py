@@ -53,7 +53,7 @@ def assert_extents_agree(image: DiskImage, file: File, expected: bytes) -> list[
         if extent.zero or not extent.data:
             assert not any(piece)
         if extent.offset is not None and extent.data:
-            assert file.pread(extent.offset, extent.length) == piece
+            assert (extent.file or file).pread(extent.offset, extent.length) == piece
     return extents
 
 

@@ -208,7 +208,8 @@ def test_a_fixed_disk_with_holes_inside_its_blocks_passes_its_own_verification(n
             out.seek(at)
             out.write(noise(K64, at))
         out.truncate(8 * MiB)
-    convert_image(source, tmp_path / name, options(subformat=None if name == "out.raw" else "fixed", verify="content"))
+    subformat = None if name == "out.raw" else "fixed"
+    convert_image(source, tmp_path / name, options(subformat=subformat, verify="content"))
     assert read(tmp_path / name) == source.read_bytes()
 
 

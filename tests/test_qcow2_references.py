@@ -83,7 +83,7 @@ def test_a_backing_file_that_the_caller_opens_shows_through(below: int) -> None:
     assert content(image) == expected
     extents = list(image.extents())
     assert sum(one.length for one in extents) == 3 * K64
-    assert all(one.offset is None for one in extents if one.depth)
+    assert all((one.file is None) == (one.depth == 0) for one in extents if one.offset is not None and one.data)
     assert {one.depth for one in extents if one.data} == ({0, 1} if below else {0})
     assert image.pread(K64 - 10, 20) == expected[K64 - 10 : K64 + 10]
     assert asked == [Reference("backing-file", "base", None)]
@@ -164,7 +164,9 @@ def test_an_overlay_of_any_kind_shows_what_lies_below_it(
     assert sum(one.length for one in extents) == image.virtual_size
     for one in extents:
         assert one.data or not any(expected[one.start : one.end])
-        assert one.offset is None or one.depth == 0
+        assert one.offset is None or (one.file is None) == (one.depth == 0)
+        if one.file is not None and one.offset is not None and one.data:
+            assert one.file.pread(one.offset, one.length) == expected[one.start : one.end]
     for start in range(0, recipe.size - 1000, 777):
         assert image.pread(start, 1000) == expected[start : start + 1000]
 
@@ -231,8 +233,8 @@ def test_a_data_file_is_read_where_the_caller_opens_it(raw_external: bool, exten
     assert asked == [Reference("data-file", "data", "raw")]
 
 
-def test_what_lies_in_a_data_file_has_no_offset_in_ours() -> None:
-    """The kernel copies from our own file: an offset of another would copy something else."""
+def test_what_lies_in_a_data_file_has_its_offset_there_and_says_so() -> None:
+    """The kernel copies from the file that is named: from our own it would copy something else."""
     image = with_data(make(external()))
     extents = list(image.extents())
     assert sum(one.length for one in extents) == image.virtual_size
@@ -245,7 +247,14 @@ def test_what_lies_in_a_data_file_has_no_offset_in_ours() -> None:
         (6, False, False),
         (8, True, True),
     ]
-    assert {one.offset for one in extents} == {None}
+    assert image.container is not None
+    for one in extents:
+        assert (one.offset is None) == (one.file is None)
+        if one.file is not None and one.data:
+            assert one.file is not image.container
+            assert one.offset == one.start
+            assert one.file.pread(one.start, one.length) == image.pread(one.start, one.length)
+        assert "offset" not in one.to_json()
 
 
 def test_a_hole_of_the_data_file_is_zeros() -> None:

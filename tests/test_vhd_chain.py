@@ -37,7 +37,8 @@ def test_a_set_bit_is_a_sector_of_the_child_and_a_clear_one_of_the_parent(child:
     assert_extents_agree(image, file, child.content)
     assert FORMAT.check(file) == []
     for extent in image.extents():
-        assert (extent.offset is not None) == (extent.depth == 0 and extent.present)
+        assert (extent.offset is not None) == (extent.present and (extent.depth == 0 or extent.file is not None))
+        assert extent.file is None or extent.depth
 
 
 @given(children(), st.data())
@@ -70,12 +71,17 @@ def test_extents_tell_how_deep_the_bytes_lie() -> None:
     files = [MemoryFile(vhd_images.fixed(noise(4 * BLOCK)))]
     files.append(MemoryFile(vhd_images.write(bytes(child_of(files[0], 1, BLOCK).data), BLOCK, noise(BLOCK, 1))))
     files.append(MemoryFile(vhd_images.write(bytes(child_of(files[1], 2, BLOCK).data), BLOCK, noise(512, 2))))
-    assert [(one.start, one.depth, one.offset is not None) for one in chained(files).extents()] == [
-        (0, 2, False),
-        (BLOCK, 0, True),
-        (BLOCK + 512, 1, False),
-        (2 * BLOCK, 2, False),
+    image = chained(files)
+    extents = list(image.extents())
+    assert [(one.start, one.depth, one.file or files[2]) for one in extents] == [
+        (0, 2, files[0]),
+        (BLOCK, 0, files[2]),
+        (BLOCK + 512, 1, files[1]),
+        (2 * BLOCK, 2, files[0]),
     ]
+    for one in extents:
+        assert one.offset is not None
+        assert (one.file or files[2]).pread(one.offset, one.length) == image.pread(one.start, one.length)
 
 
 def test_a_bitmap_full_of_holes_asks_the_parent_once() -> None:

@@ -78,6 +78,12 @@ def test_a_checksum_can_be_continued_at_any_place(head: bytes, zeros: int, at: i
     assert crc32c(data[at:], crc32c(data[:at])) == crc32c(data) == made.crc32c(data)
 
 
+@pytest.mark.parametrize("length", [1, 300, 513, 4096, 65536 - 300, 70001])
+def test_zeros_at_the_end_count_as_much_as_other_bytes(length: int) -> None:
+    for data in (bytes(length), noise(300) + bytes(length), noise(1000) + bytes(length)):
+        assert crc32c(data) == made.crc32c(data)
+
+
 def test_a_checksum_is_taken_of_any_kind_of_buffer() -> None:
     data = noise(5000)
     assert crc32c(data) == crc32c(bytearray(data)) == crc32c(memoryview(b"x" + data)[1:])

@@ -125,7 +125,8 @@ def map_(
         print(f"{'start':>16}  {'length':>16}  {'kind':<10}  {'offset':>16}")
         for extent in extents:
             kind = "compressed" if extent.compressed else "data" if extent.data else "zero"
-            where = f"{extent.offset:#16x}" if extent.offset is not None and extent.data else f"{'-':>16}"
+            place = extent.offset if extent.data and extent.file is None else None
+            where = f"{'-':>16}" if place is None else f"{place:#16x}"
             print(f"{extent.start:#16x}  {extent.length:#16x}  {kind:<10}  {where}")
 
 
