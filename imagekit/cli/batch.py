@@ -15,7 +15,7 @@ import typer
 from imagekit.cli.batch_progress import Shown
 from imagekit.cli.options import Format, allowed, command, reading, remote, size_option, target
 from imagekit.cli.sizes import short_size
-from imagekit.cli.ui import Ui
+from imagekit.cli.ui import Ui, line
 from imagekit.errors import BatchFailed, Cancelled, UsageError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def batch(
     text = (
         f"{summary.done} done, {summary.failed} failed, {summary.skipped} done before, {summary.seconds:.1f} s; "
         f"{short_size(totals.source_bytes)} in, {short_size(totals.target_bytes)} out\n"
-        f"report: {out / report.HTML_NAME}"
+        + line(f"report: {out / report.HTML_NAME}")
     )
     ui.result(document, text)
     if summary.cancelled:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from imagekit.cli.sizes import short_size
-from imagekit.cli.ui import Ui, clean
+from imagekit.cli.ui import Ui, line
 from imagekit.progress import Progress
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Shown:
     def say_status(self) -> None:
         """The line, and what is being worked on (on SIGUSR1)."""
         with self._lock:
-            running = [f"  {clean(name)}: {_stage(step)}" for name, step in self.board.running.items()]
+            running = [f"  {line(name)}: {_stage(step)}" for name, step in self.board.running.items()]
             print(self.board.line(), *running, sep="\n", file=sys.stderr, flush=True)
 
 
@@ -185,7 +185,7 @@ class Lines:
 
 def failure(event: Event) -> str:
     error = event.result.get("error", {})
-    return clean(f"failed: {event.item.source}: {error.get('message', '')}")
+    return line(f"failed: {event.item.source}: {error.get('message', '')}")
 
 
 class JsonLines(Lines):
@@ -261,7 +261,7 @@ class Bars(Lines):
 
     def _show_item(self, target: str, step: Progress) -> None:
         if target not in self._items:
-            name = clean(target)
+            name = line(target)
             name = name if len(name) <= LONGEST_NAME else "…" + name[1 - LONGEST_NAME :]
             self._items[target] = self._bars.add_task(f"{name:<{LONGEST_NAME}}", total=1.0, words="")
         now = self.board.clock()

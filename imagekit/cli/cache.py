@@ -11,7 +11,7 @@ import typer
 
 from imagekit.cli.options import Format, allowed, command
 from imagekit.cli.sizes import parse_size, show_size
-from imagekit.cli.ui import Ui
+from imagekit.cli.ui import Ui, line, lines
 from imagekit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,12 +62,12 @@ def list_entries(ui: Ui, where: dict[str, Any]) -> None:
 
     def human() -> str:
         total = show_size(sum(entry.file_size for entry in entries))
-        lines = [
+        rows = [
             f"{entry.path.name}: disk {show_size(entry.virtual_size)}, file {show_size(entry.file_size)}, "
             f"{entry.hits} hits, used {_ago(entry.used)}, {len(entry.users)} users"
             for entry in entries
         ]
-        return "\n".join([*lines, f"{len(entries)} entries, {total}"])
+        return lines([*rows, f"{len(entries)} entries, {total}"])
 
     ui.result({"schema": 1, "entries": [entry.to_json() for entry in entries]}, human)
 
@@ -102,7 +102,7 @@ def add(
     done = "added" if entry.made else "is there already"
     ui.result(
         {**entry.to_json(), "added": entry.made},
-        f"{entry.path.name} {done}: disk {show_size(entry.virtual_size)}, file {show_size(entry.file_size)}",
+        line(f"{entry.path.name} {done}: disk {show_size(entry.virtual_size)}, file {show_size(entry.file_size)}"),
     )
 
 
@@ -128,7 +128,7 @@ def prune(
         dry_run=dry_run,
     )
     verb = "would be removed" if dry_run else "removed"
-    lines = [
+    rows = [
         *(f"{path.name}: {verb}" for path in done.removed),
         *(f"{path.name}: kept, {why}" for path, why in done.kept),
         f"{len(done.removed)} {verb}, {show_size(done.freed)}",
@@ -140,7 +140,7 @@ def prune(
         "freed": done.freed,
         "dry-run": dry_run,
     }
-    ui.result(document, "\n".join(lines))
+    ui.result(document, lines(rows))
 
 
 def parse_age(text: str) -> float:

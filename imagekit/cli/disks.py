@@ -20,7 +20,7 @@ from imagekit.cli.options import (
     target,
 )
 from imagekit.cli.sizes import parse_size, show_size
-from imagekit.cli.ui import Ui
+from imagekit.cli.ui import Ui, lines
 from imagekit.report import Report
 
 if TYPE_CHECKING:
@@ -142,12 +142,13 @@ def _show(ui: Ui, report: DiskReport) -> None:
 
     def human() -> str:
         was = "" if report.old_virtual_size is None else f" (was {show_size(report.old_virtual_size)})"
-        parent = "" if report.parent is None else f"\nparent {report.parent}"
+        parent = [] if report.parent is None else [f"parent {report.parent}"]
         identifier = "" if report.identifier is None else f", id {report.identifier}"
         kind = " ".join(filter(None, (report.format, report.subformat)))
-        return (
+        disk = (
             f"{report.filename} ({kind}): disk {show_size(report.virtual_size)}{was}, "
-            f"file {show_size(report.file_size)}{identifier}{parent}"
+            f"file {show_size(report.file_size)}{identifier}"
         )
+        return lines([disk, *parent])
 
     ui.result(report.to_json(), human)

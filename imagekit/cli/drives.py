@@ -11,7 +11,7 @@ import yaml
 
 from imagekit import api
 from imagekit.cli.sizes import show_size
-from imagekit.cli.ui import Ui, table
+from imagekit.cli.ui import Ui, lines, table
 from imagekit.errors import InvalidImage
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def show_check(ui: Ui, medium: Path, *, guest: str | None, machine: Path | None,
     """Check a medium and print the result; exit 11 when guests cannot use it."""
     profile = cast("GuestProfile | None", guest)
     checked = api.check_config_drive(medium, guest=profile, machine_of=machine, strict=strict)
-    ui.result(checked.to_json(), lambda: "\n".join(_lines(checked)))
+    ui.result(checked.to_json(), lambda: lines(_lines(checked)))
     if not checked.sound:
         raise typer.Exit(InvalidImage.exit_code)
 
@@ -50,7 +50,8 @@ def _volume(checked: VolumeCheck) -> Iterator[str]:
     name = {"iso9660": "ISO 9660", "vfat": "VFAT"}[volume.file_system]
     kind = "" if checked.tree is None else f", the files of {checked.tree.datasource}"
     yield f"{name} ({', '.join(volume.details)}) on {volume.place}, label {volume.label!r}{kind}"
-    yield from (_file(entry) for entry in checked.files)
+    for entry in checked.files:
+        yield from _file(entry)
     yield ""
     width = max(len(seen.agent) for seen in checked.seen)
     for seen in checked.seen:
@@ -59,13 +60,12 @@ def _volume(checked: VolumeCheck) -> Iterator[str]:
             yield from _facts(seen, width)
 
 
-def _file(entry: Entry) -> str:
+def _file(entry: Entry) -> Iterator[str]:
     what = f"the same as {entry.same_as}" if entry.same_as else entry.what
-    lines = [f"  {entry.size:>8}  {entry.path}  {what}"]
+    yield f"  {entry.size:>8}  {entry.path}  {what}"
     if entry.content is not None:
         shown = yaml.safe_dump(entry.content, sort_keys=False, allow_unicode=True, width=1000).removesuffix("\n...\n")
-        lines += [f"            {line}" for line in shown.splitlines()]
-    return "\n".join(lines)
+        yield from (f"            {line}" for line in shown.splitlines())
 
 
 def _facts(seen: Seen, width: int) -> Iterator[str]:

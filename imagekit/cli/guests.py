@@ -23,7 +23,7 @@ from imagekit.cli.options import (
     size_option,
 )
 from imagekit.cli.sizes import show_size
-from imagekit.cli.ui import Ui, table
+from imagekit.cli.ui import Ui, line, table
 from imagekit.errors import BootFailed, UsageError
 from imagekit.workers import keep_freed_memory
 
@@ -322,7 +322,9 @@ def prepare(
             "config drive": made.media[1].path if len(made.media) > 1 else "none",
             "MAC": ", ".join(nic.mac for nic in made.nics),
         }
-        return table(rows) + f"{_password(bundle.encrypted_password)}\n\nnext: imagekit boot {bundle.path}"
+        return (
+            table(rows) + f"{_password(bundle.encrypted_password)}\n\n" + line(f"next: imagekit boot {bundle.path}")
+        )
 
     ui.result(bundle.to_json(), human)
 

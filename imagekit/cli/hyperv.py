@@ -15,7 +15,7 @@ import typer
 
 import imagekit
 from imagekit.cli.options import command
-from imagekit.cli.ui import Ui, table
+from imagekit.cli.ui import Ui, lines, table
 from imagekit.errors import BootFailed, ImagekitError
 from imagekit.progress import Control
 
@@ -157,7 +157,7 @@ def run_step(ui: Ui, stage: HyperVLauncher, step: Callable[[], None]) -> None:
         raise
     finally:
         stage.close()
-    ui.result(stage.outcome.to_json(), "\n".join(stage.outcome.done))
+    ui.result(stage.outcome.to_json(), lines(stage.outcome.done))
 
 
 @app.command()
@@ -320,15 +320,17 @@ def describe_plan(plan: LaunchPlan, *, scripts: bool = False) -> str:
     import json
     import shlex
 
-    lines = [f"plan for {plan.target} ({plan.backend}); nothing is sent"]
+    told = [f"plan for {plan.target} ({plan.backend}); nothing is sent"]
     for number, step in enumerate(plan.steps, 1):
-        lines += ["", f"{number}. {step.name}: {step.does}"]
+        told += ["", f"{number}. {step.name}: {step.does}"]
         if step.command:
-            lines.append(f"   {shlex.join(step.command)}")
+            told.append(f"   {shlex.join(step.command)}")
         if step.script_name:
-            lines.append(f"   script {step.script_name}")
+            told.append(f"   script {step.script_name}")
         if step.data is not None:
-            lines += ["   " + line for line in json.dumps(step.data, indent=2, ensure_ascii=False).splitlines()]
+            told += ["   " + line for line in json.dumps(step.data, indent=2, ensure_ascii=False).splitlines()]
         if scripts and step.script:
-            lines += ["   | " + line for line in step.script.splitlines()]
-    return "\n".join([*lines, *(f"\nnote: {note}" for note in plan.notes)])
+            told += ["   | " + line for line in step.script.splitlines()]
+    for note in plan.notes:
+        told += ["", f"note: {note}"]
+    return lines(told)

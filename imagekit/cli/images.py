@@ -27,7 +27,7 @@ from imagekit.cli.options import (
     target,
 )
 from imagekit.cli.sizes import short_size, show_size
-from imagekit.cli.ui import Ui, refuse_from_environment, table
+from imagekit.cli.ui import Ui, line, lines, refuse_from_environment, table
 from imagekit.cli.upload_options import describe_upload, show_upload, upload_fields
 from imagekit.conversion import NOT_CONFINED
 from imagekit.errors import CorruptImage, UsageError
@@ -84,13 +84,12 @@ def info(
             "refers to": ", ".join(reference.name for reference in found.info.references),
         }
         rows |= {name.replace("-", " "): str(value) for name, value in features.items() if value not in (False, 0)}
-        lines = [table(rows)]
-        lines += [f"{finding.severity.value}: {finding.message} [{finding.rule}]" for finding in found.findings]
+        more = [f"{finding.severity.value}: {finding.message} [{finding.rule}]" for finding in found.findings]
         if ready is not None:
             generations = " and ".join(str(number) for number in ready.generations) or "none"
-            lines += ["", f"on Hyper-V: bootable as generation {generations}"]
-            lines += [f"{check.status:<8} {check.name}: {check.detail}" for check in ready.checks]
-        return "\n".join(lines)
+            more += ["", f"on Hyper-V: bootable as generation {generations}"]
+            more += [f"{check.status:<8} {check.name}: {check.detail}" for check in ready.checks]
+        return "\n".join(filter(None, (table(rows), lines(more))))
 
     ui.result(document, human)
 
@@ -162,10 +161,10 @@ def check(
     result = api.check(image, format=format, repair=repair)
 
     def human() -> str:
-        lines = [f"{'leak' if one.leak else 'damage'}: {one.message} [{one.code}]" for one in result.problems]
+        found = [f"{'leak' if one.leak else 'damage'}: {one.message} [{one.code}]" for one in result.problems]
         mended = "repaired; " if result.repaired else ""
         verdict = "sound" if result.sound else "damaged"
-        return "\n".join([*lines, f"{result.filename}: {mended}{result.format} structure is {verdict}"])
+        return lines([*found, f"{result.filename}: {mended}{result.format} structure is {verdict}"])
 
     ui.result(result.to_json(), human)
     if not result.sound:
@@ -203,7 +202,7 @@ def compare(
         **chain,
         **remote,
     )
-    ui.result(result.to_json(), result.reason)
+    ui.result(result.to_json(), line(result.reason))
     if not result.same:
         raise typer.Exit(1)
 
@@ -351,9 +350,11 @@ def describe_report(report: Report) -> str:
     written = report.verified != "not written"
     what = f"verified: {report.verified}" if written else "would be written"
     speed = f" in {report.seconds:.1f} s ({rate}/s)" if written else ""
-    return (
-        f"{report.source} ({report.source_format}) → "
-        f"{report.target} ({report.target_format} {report.subformat}), {what}\n"
-        f"disk {show_size(report.virtual_size)}, file {short_size(report.target_size)}, "
-        f"data {short_size(report.data_bytes)}{speed}, id {report.identifier}"
+    return lines(
+        (
+            f"{report.source} ({report.source_format}) → "
+            f"{report.target} ({report.target_format} {report.subformat}), {what}",
+            f"disk {show_size(report.virtual_size)}, file {short_size(report.target_size)}, "
+            f"data {short_size(report.data_bytes)}{speed}, id {report.identifier}",
+        )
     )

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,16 @@ JSON_SECONDS = 0.5
 def clean(text: str) -> str:
     """The text with control characters and direction marks escaped: names come from images."""
     return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
+
+
+def line(text: object) -> str:
+    """The text as one line, whatever it holds: else a name from an image could add lines of its own."""
+    return clean(str(text)).replace("\n", "\\n")
+
+
+def lines(parts: Iterable[object]) -> str:
+    """The parts, each on one line."""
+    return "\n".join(map(line, parts))
 
 
 @dataclass
@@ -50,10 +60,10 @@ class Ui:
             print(clean(human if isinstance(human, str) else human()))
 
     def say(self, text: str) -> None:
-        """A message for people, on stderr."""
+        """A message for people, one line on stderr."""
         if not self.quiet:
             self.done()
-            print(clean(text), file=sys.stderr)
+            print(line(text), file=sys.stderr)
 
     def warn(self, text: str) -> None:
         self.say(f"warning: {text}")
@@ -158,7 +168,7 @@ def describe(progress: Progress) -> str:
 
 def table(rows: Mapping[str, object]) -> str:
     """Names and values in two columns; rows without a value are left out."""
-    shown = {name: value for name, value in rows.items() if value not in (None, "", ())}
+    shown = {line(name): line(value) for name, value in rows.items() if value not in (None, "", ())}
     width = max((len(name) for name in shown), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
 
@@ -175,9 +185,9 @@ def show_error(error: ImagekitError, *, as_json: bool) -> None:
         }
         print(json.dumps(document), file=sys.stderr)
         return
-    print(f"imagekit: {clean(str(error))}", file=sys.stderr)
+    print(f"imagekit: {line(error)}", file=sys.stderr)
     if error.hint:
-        print(f"hint: {clean(error.hint)}", file=sys.stderr)
+        print(f"hint: {line(error.hint)}", file=sys.stderr)
 
 
 def refuse_from_environment(name: str, value: str, forbidden: str) -> None:
