@@ -54,6 +54,9 @@ FREE, ZERO = 0xFFFFFFFF, 0xFFFFFFFE
 NOT_THERE, READS_AS_ZERO = -1, -2
 """What the two are in a decoded map."""
 
+TEXTS = tuple(f"<<< {maker}".encode() for maker in ("Oracle VM VirtualBox", "Sun VirtualBox", "innotek", "QEMU VM"))
+"""How the text before the signature begins, by who wrote it."""
+
 WINDOW = 1 << 14
 """Map entries that are decoded together: 64 KiB of the file."""
 
@@ -262,8 +265,11 @@ class VdiFormat(DiskFormat):
     suffixes = (".vdi",)
 
     def probe(self, file: File) -> str | None:
-        found = file.pread(SIGNATURE_OFFSET, 4) == SIGNATURE.to_bytes(4, "little")
-        return f"VDI signature at {SIGNATURE_OFFSET:#x}" if found else None
+        head = file.pread(0, SIGNATURE_OFFSET + 4)
+        if head[SIGNATURE_OFFSET:] == SIGNATURE.to_bytes(4, "little"):
+            return f"VDI signature at {SIGNATURE_OFFSET:#x}"
+        # What begins like one is none any more, and no raw disk.
+        return "the text of a VDI at 0" if head.startswith(TEXTS) else None
 
     def open(self, file: File, *, resolver: Resolver | None = None, options: OpenOptions = AS_IS) -> VdiImage:
         return VdiImage(file)

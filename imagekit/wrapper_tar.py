@@ -81,9 +81,9 @@ class _Extensions:
 
 
 def is_tar(file: File) -> bool:
-    """Whether the file starts with a tar header: magic and checksum."""
+    """Whether the file starts with a tar header: magic and checksum. Where it ends in it, the rest was cut off."""
     block = file.pread(0, BLOCK)
-    return len(block) == BLOCK and block[MAGIC_AT : MAGIC_AT + 5] == POSIX_MAGIC[:5] and _sum_is_right(block)
+    return block[MAGIC_AT : MAGIC_AT + 5] == POSIX_MAGIC[:5] and (len(block) < BLOCK or _sum_is_right(block))
 
 
 def _sum_is_right(block: bytes) -> bool:
