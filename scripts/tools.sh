@@ -37,6 +37,7 @@ mkfs.ext4                               e2fsprogs
 mkfs.xfs                                xfsprogs
 losetup                                 mount
 strace                                  strace
+chromium                                chromium
 cc                                      gcc
 "
 bench="$demo
