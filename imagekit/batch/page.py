@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from imagekit import __version__, pictures
+from imagekit import pictures
 from imagekit.batch.journal import DONE, FAILED, Row
 from imagekit.pictures import shown
 
@@ -50,7 +51,7 @@ def page(title: str, totals: Totals, rows: Sequence[Row], failures: Sequence[Row
     yield from _failures(failures, totals.failed, len(rows))
     yield from _phases(totals)
     yield from _table(totals, rows, folder)
-    yield f"</main>\n<footer><p>imagekit {shown(__version__)}. All of it, for programs: report.json</p></footer>\n"
+    yield f"</main>\n<footer><p>imagekit {shown(version('imagekit'))}. All of it, for programs: report.json</p></footer>\n"
     yield "</body>\n</html>\n"
 
 
