@@ -51,7 +51,8 @@ def page(title: str, totals: Totals, rows: Sequence[Row], failures: Sequence[Row
     yield from _failures(failures, totals.failed, len(rows))
     yield from _phases(totals)
     yield from _table(totals, rows, folder)
-    yield f"</main>\n<footer><p>imagekit {shown(version('imagekit'))}. All of it, for programs: report.json</p></footer>\n"
+    made_by = shown(version("imagekit"))
+    yield f"</main>\n<footer><p>imagekit {made_by}. All of it, for programs: report.json</p></footer>\n"
     yield "</body>\n</html>\n"
 
 
