@@ -38,6 +38,7 @@ mkfs.xfs                                xfsprogs
 losetup                                 mount
 strace                                  strace
 chromium                                chromium
+ip                                      iproute2
 cc                                      gcc
 "
 bench="$demo

@@ -37,7 +37,9 @@ class Board:
     measured: int = 0
     ended: int = 0
     failed: int = 0
-    skipped: int = 0
+    before: int = 0
+    """How many had ended when the first one was begun: done before, or not to be read."""
+
     measuring: bool = True
     running: dict[str, Progress | None] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
@@ -56,7 +58,7 @@ class Board:
             self.running[target] = event.progress
         elif event.kind == "started":
             if self.measuring:
-                self.measuring, self.began = False, self.clock()
+                self.measuring, self.began, self.before = False, self.clock(), self.ended
             if 0 < event.size < UNKNOWN:
                 self.sizes[target] = event.size
         else:
@@ -64,7 +66,6 @@ class Board:
             self.done_bytes += self.sizes.pop(target, 0)
             self.ended += 1
             self.failed += event.kind == "failed" or not event.result.get("ok", True)
-            self.skipped += event.kind == "skipped"
 
     @property
     def bytes_so_far(self) -> float:
@@ -90,19 +91,20 @@ class Board:
         if self.all_bytes:
             share = min(1.0, self.bytes_so_far / self.all_bytes)
         else:
-            begun = self.total - self.skipped
-            share = (self.ended - self.skipped) / begun if begun else 1.0
+            begun = self.total - self.before
+            share = (self.ended - self.before) / begun if begun else 1.0
         return self.seconds * (1 - share) / share if share > 0 else None
 
     def line(self) -> str:
         """How far, how fast, how long still."""
         if self.measuring:
             return f"measuring: {self.measured} of {self.total} images, {self.failed} failed"
-        rates = [f"{(self.ended - self.skipped) / self.seconds:.2f} images/s"]
-        if self.bytes_so_far:
-            rates.append(f"{short_size(self.rate)}/s")
-        left = "" if self.left is None else f", {span(self.left)} left"
-        return f"{self.ended} of {self.total} images, {self.failed} failed, {', '.join(rates)}{left}"
+        words = [f"{self.ended} of {self.total} images", f"{self.failed} failed"]
+        if self.seconds >= 1:
+            words.append(f"{(self.ended - self.before) / self.seconds:.2f} images/s")
+            words += [f"{short_size(self.rate)}/s"] if self.bytes_so_far else []
+            words += [] if self.left is None else [f"{span(self.left)} left"]
+        return ", ".join(words)
 
 
 def part(step: Progress | None) -> float:
@@ -185,7 +187,8 @@ class Lines:
 
 def failure(event: Event) -> str:
     error = event.result.get("error", {})
-    return line(f"failed: {event.item.source}: {error.get('message', '')}")
+    source = event.item.source
+    return line(f"failed: {source}: {str(error.get('message', '')).removeprefix(f'{source}: ')}")
 
 
 class JsonLines(Lines):
@@ -247,6 +250,7 @@ class Bars(Lines):
         self._whole = self._bars.add_task(f"{'all':<{LONGEST_NAME}}", total=1.0, words="")
         self._items: dict[str, Any] = {}
         self._began: dict[str, tuple[str, float]] = {}
+        self._show_all()
         self._bars.start()
 
     def show(self, event: Event) -> None:
