@@ -152,6 +152,7 @@ def planned(
                 notes=notes + more,
                 parent=None if parent is None else parent.image,
                 limits=options.limits,
+                jobs=options.jobs,
                 control=control,
             )
             options.limits.check("output_bytes", bytes_to_write(plan, options), "the target would take")

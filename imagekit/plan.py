@@ -10,9 +10,9 @@ copy of one image give the same target. Compressed clusters count as data: nobod
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 from uuid import UUID
 
 from imagekit.errors import UnsupportedFeature, UsageError
@@ -34,15 +34,26 @@ from imagekit.limits import DEFAULT as DEFAULT_LIMITS
 from imagekit.limits import Limits
 from imagekit.pictures import MOST_CELLS
 from imagekit.progress import SILENT, Control
+from imagekit.workers import run as run_workers
+from imagekit.workers import usable_cores
 
 FIRST_PROBE = 4 * KiB
 PROBE = 128 * KiB
 """Bytes looked at in one go: with the zeros they are compared with, half of a core's own cache."""
 
 ZEROS = bytes(PROBE)
+LOOKS = 64
+"""Parts of blocks that are looked at together."""
+
+SIDE_BY_SIDE = 8 * MiB
+"""Zeros, by what begins as such, from which on it is worth starting threads to read them."""
+
 CHUNK = 2 * MiB
 """Guest bytes copied by one task."""
 TELL_EVERY = 64 * MiB
+Look: TypeAlias = tuple[int, int, int]
+"""Block, and the part of it (start, end) that is to be looked at."""
+
 VERIFY_LEVELS = ("structure", "content", "qemu-img", "none")
 
 
@@ -169,6 +180,7 @@ def build_plan(
     notes: tuple[str, ...] = (),
     parent: DiskImage | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    jobs: int | None = None,
     control: Control = SILENT,
 ) -> ConversionPlan:
     """Decide which of the target's blocks hold data. Reads the source (and the target's parent), writes nothing.
@@ -181,7 +193,7 @@ def build_plan(
     check_options(chosen, options)
     writer = chosen.writer(virtual_size, options)
     if parent is None:
-        found = find_blocks(image, writer.block_size, control=control)
+        found = find_blocks(image, writer.block_size, jobs=jobs, control=control)
     else:
         found = find_differences(image, parent, writer.block_size, control=control)
     blocks = tuple(limits.counted(found))
@@ -231,9 +243,11 @@ def target_size(
     return size, ()
 
 
-def find_blocks(image: DiskImage, block_size: int, *, control: Control = SILENT) -> Iterator[tuple[int, int]]:
+def find_blocks(
+    image: DiskImage, block_size: int, *, jobs: int | None = None, control: Control = SILENT
+) -> Iterator[tuple[int, int]]:
     """Runs (first, count) of blocks that hold something other than zeros."""
-    yield from _joined(_blocks_with_data(image, block_size, _Probe(image, control)))
+    yield from _joined(_blocks_with_data(image, block_size, _Probe(image, jobs or usable_cores(), control)))
     control.tell("plan", image.virtual_size, image.virtual_size)
 
 
@@ -294,28 +308,35 @@ def _joined(runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 def _blocks_with_data(image: DiskImage, block_size: int, probe: _Probe) -> Iterator[tuple[int, int]]:
     """Ranges (first, end) of blocks with data, in order; neighbours may repeat a block."""
     known = 0  # blocks below are decided as holding data
+    looks: list[Look] = []
     for extent in image.extents():
         if not extent.data:
             continue
         first, end = extent.start // block_size, -(-extent.end // block_size)
         probe.at(extent.start)
         if extent.compressed:
+            yield from probe.decided(looks)
+            looks.clear()
             yield first, end
             known = end
             continue
         for block in range(max(first, known), end):
-            if probe.has_data(max(extent.start, block * block_size), min(extent.end, (block + 1) * block_size)):
-                yield block, block + 1
-                known = block + 1
+            looks.append((block, max(extent.start, block * block_size), min(extent.end, (block + 1) * block_size)))
+            if len(looks) == LOOKS:
+                for found in probe.decided(looks):
+                    yield found
+                    known = found[1]
+                looks.clear()
+    yield from probe.decided(looks)
 
 
 class _Probe:
-    """Looks whether a range holds anything but zeros; one buffer for all looks, and a look at the caller's wishes."""
+    """Looks whether ranges hold anything but zeros, and at the caller's wishes meanwhile."""
 
-    def __init__(self, image: DiskImage, control: Control) -> None:
+    def __init__(self, image: DiskImage, jobs: int, control: Control) -> None:
         self._image = image
+        self._jobs = jobs
         self._control = control
-        self._buffer = bytearray(PROBE)
         self._told = 0
 
     def at(self, position: int) -> None:
@@ -325,20 +346,48 @@ class _Probe:
             self._told = position
             self._control.tell("plan", position, self._image.virtual_size)
 
-    def has_data(self, start: int, end: int) -> bool:
-        piece = FIRST_PROBE  # nearly all data shows itself at once; zeros have to be read whole
-        while start < end:
+    def decided(self, looks: list[Look]) -> Iterator[tuple[int, int]]:
+        """(block, block + 1) of the blocks with data, in order."""
+        found: set[int] = set()
+        rest = []
+        for block, start, end in looks:
             self.at(start)
-            length = min(piece, end - start)
-            if length == PROBE:
-                self._image.pread_into(start, memoryview(self._buffer))
-                if self._buffer != ZEROS:
-                    return True
-            elif self._image.pread(start, length) != ZEROS[:length]:
-                return True
-            start += length
-            piece = PROBE
-        return False
+            if block in found:
+                continue
+            # Nearly all data shows itself at once; zeros have to be read whole.
+            head = min(FIRST_PROBE, end - start)
+            if self._image.pread(start, head) != ZEROS[:head]:
+                found.add(block)
+            elif start + head < end:
+                rest.append((block, start + head, end))
+        if sum(end - start for _, start, end in rest) >= SIDE_BY_SIDE and self._jobs > 1:
+            run_workers(rest, lambda: self._reader(found), jobs=self._jobs, control=self._control, tick=_nothing)
+        elif rest:
+            look = self._reader(found)
+            for one in rest:
+                look(one)
+        yield from ((block, block + 1) for block in sorted(found))
+
+    def _reader(self, found: set[int]) -> Callable[[Look], None]:
+        """Adds to ``found`` the blocks that have data; of them a buffer each, used for all looks."""
+        buffer = bytearray(PROBE)
+
+        def look(one: Look) -> None:
+            block, start, end = one
+            for at in range(start, end, PROBE):
+                self._control.check()
+                if block in found:
+                    return
+                length = min(PROBE, end - at)
+                self._image.pread_into(at, memoryview(buffer)[:length])
+                if (buffer if length == PROBE else buffer[:length]) != ZEROS[:length]:
+                    found.add(block)
+
+        return look
+
+
+def _nothing() -> None:
+    return None
 
 
 def chunks(plan: ConversionPlan, layout: Layout) -> Iterator[Chunk]:

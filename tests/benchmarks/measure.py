@@ -63,9 +63,13 @@ def measure(one: Contender) -> Run:
 
 
 def _free(target: Path | None) -> int:
-    """Free bytes where the target lies; 0 where others may use that file system too."""
+    """Free bytes where the target lies; 0 where others may use that file system too.
+
+    Synced first: what XFS sets aside for a file that may grow comes back with that, and btrfs counts then only.
+    """
     if target is None or sys.platform == "win32" or not target.parent.is_mount():
         return 0
+    subprocess.run(["sync", "-f", str(target.parent)], check=True)
     info = os.statvfs(target.parent)
     return info.f_bfree * info.f_frsize
 
