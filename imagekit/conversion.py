@@ -26,6 +26,7 @@ from imagekit.publish import Pending, check_space, check_target, finish, new_fil
 from imagekit.references import MAX_DEPTH, Following, link_to
 from imagekit.report import Report
 from imagekit.sources import OPENER, Opener, Reading, Source, chain_too_long, located, open_source
+from imagekit.sums import Sums
 from imagekit.verify import verify_content, verify_structure
 
 DEFAULTS = ConvertOptions()
@@ -350,13 +351,17 @@ def carry_out(
     """Copy to the empty file ``target``, read it back as far as we do that ourselves, look at the sources again."""
     source, plan = conversion.source, conversion.plan
     with located(source.file):
-        copied = copying.copy_image(plan, conversion.image, source.file, target, jobs=options.jobs, control=control)
+        sums = Sums() if options.verify == "content" else None
+        copied = copying.copy_image(
+            plan, conversion.image, source.file, target, jobs=options.jobs, sums=sums, control=control
+        )
     conversion.check_unchanged()
     if options.verify != "none":
         verify_structure(plan, target, file_size=copied.file_size)
     if options.verify == "content":
         written = conversion.open_target(target)
-        verify_content(conversion.image, written, jobs=options.jobs, control=control)
+        known = () if sums is None else sums.parts()
+        verify_content(conversion.image, written, known=known, jobs=options.jobs, control=control)
         conversion.check_unchanged()
     return copied
 

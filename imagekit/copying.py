@@ -22,6 +22,7 @@ from imagekit.formats.base import AS_IS, Buffer, DiskImage, EncodedLayout, Exten
 from imagekit.formats.files import kernel_copy
 from imagekit.plan import CHUNK, Chunk, ConversionPlan, chunks, data_parts, whole_blocks
 from imagekit.progress import SILENT, Control
+from imagekit.sums import Sum, Sums
 from imagekit.workers import run as run_workers
 from imagekit.workers import usable_cores
 
@@ -81,9 +82,10 @@ def copy_image(
     target: File,
     *,
     jobs: int | None = None,
+    sums: Sums | None = None,
     control: Control = SILENT,
 ) -> CopyResult:
-    """:func:`run` with the image already open in ``source``."""
+    """:func:`run` with the image already open in ``source``. ``sums`` gets the checksums of what was read."""
     layout = plan.layout()
     target.truncate(plan.file_size)
     counter, total = _Counter(), plan.data_bytes
@@ -97,7 +99,7 @@ def copy_image(
     else:
         run_workers(
             chunks(plan, layout),
-            lambda: _make_copier(image, source, target, layout, counter),
+            lambda: _make_copier(image, source, target, layout, counter, sums),
             jobs=jobs,
             control=control,
             tick=tick,
@@ -111,7 +113,7 @@ def copy_image(
 
 
 def _make_copier(
-    image: DiskImage, source: File, target: File, layout: Layout, counter: _Counter
+    image: DiskImage, source: File, target: File, layout: Layout, counter: _Counter, sums: Sums | None
 ) -> Callable[[Chunk], None]:
     buffer = memoryview(bytearray(CHUNK))
 
@@ -119,7 +121,10 @@ def _make_copier(
         at -= len(prefix)
         waiting: list[Buffer] = [prefix] if prefix else []
         size = len(prefix)
+        total = None if sums is None else Sum()
         for piece in image.pieces(start, buffer[:length]):
+            if total is not None:
+                total.add(piece)
             waiting.append(piece)
             size += len(piece)
             if size >= BURST:
@@ -128,6 +133,8 @@ def _make_copier(
                 waiting, size = [], 0
         if waiting:
             target.pwrite(at, *waiting)
+        if sums is not None and total is not None:
+            sums.note(start, length, total.value)
 
     def copy(chunk: Chunk) -> None:
         prefix = layout.prefix if chunk.first_of_block else b""

@@ -2,12 +2,16 @@
 
 *structure* re-opens the target with our own reader: sizes, tables, and exactly the planned blocks. *content* compares
 every guest byte of two images, of whatever formats. Both read through the same readers a user would read with.
+
+What the copy read is not read again from the source: its checksum is known (imagekit.sums), and the target, still in
+the page cache, is held against that. All else that is data in either disk is compared byte by byte.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 from imagekit.errors import VerificationFailed
 from imagekit.formats import registry
@@ -15,10 +19,13 @@ from imagekit.formats.base import DiskImage, File
 from imagekit.formats.raw import ZeroImage
 from imagekit.plan import CHUNK, ConversionPlan, data_parts, merged_ranges
 from imagekit.progress import SILENT, Control
+from imagekit.sums import Part, Sum
 from imagekit.workers import run as run_workers
 from imagekit.workers import usable_cores
 
 ZEROS = bytes(CHUNK)
+Piece: TypeAlias = tuple[int, int, int | None]
+"""Guest offset, length, and the sum of what the first image has there, where that is known."""
 
 
 def verify_structure(plan: ConversionPlan, target: File, *, file_size: int | None = None) -> None:
@@ -79,10 +86,18 @@ def _failed(target: File, message: str) -> VerificationFailed:
 
 
 def verify_content(
-    source: DiskImage, target: DiskImage, *, jobs: int | None = None, control: Control = SILENT
+    source: DiskImage,
+    target: DiskImage,
+    *,
+    known: Sequence[Part] = (),
+    jobs: int | None = None,
+    control: Control = SILENT,
 ) -> None:
-    """Raise VerificationFailed when a guest byte differs; bytes behind the source's end must be zero."""
-    at = first_difference(source, target, jobs=jobs, control=control)
+    """Raise VerificationFailed when a guest byte differs; bytes behind the source's end must be zero.
+
+    ``known`` are parts of the source that were read already, in their order.
+    """
+    at = first_difference(source, target, known=known, jobs=jobs, control=control)
     if at is not None:
         raise VerificationFailed(
             f"verification failed: the content differs at guest offset {at:#x}",
@@ -91,13 +106,21 @@ def verify_content(
 
 
 def first_difference(
-    one: DiskImage, other: DiskImage, *, jobs: int | None = None, control: Control = SILENT
+    one: DiskImage,
+    other: DiskImage,
+    *,
+    known: Sequence[Part] = (),
+    jobs: int | None = None,
+    control: Control = SILENT,
 ) -> int | None:
-    """Guest offset of the first byte that differs, None when none does; the shorter disk ends in zeros."""
+    """Guest offset of the first byte that differs, None when none does; the shorter disk ends in zeros.
+
+    ``known`` are parts of the first, sorted.
+    """
     comparison = _Comparison()
     total = max(one.virtual_size, other.virtual_size)
     run_workers(
-        comparison.wanted(_pieces(one, other)),
+        comparison.wanted(_pieces(one, other, known)),
         lambda: _make_comparer(one, other, comparison),
         jobs=jobs or usable_cores(),
         control=control,
@@ -114,39 +137,58 @@ class _Comparison:
         self.found: int | None = None
         self.position = 0
 
-    def wanted(self, pieces: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        for start, length in pieces:
-            if self.found is not None and start > self.found:
+    def wanted(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            if self.found is not None and piece[0] > self.found:
                 return
-            self.position = start
-            yield start, length
+            self.position = piece[0]
+            yield piece
 
     def differs(self, at: int) -> None:
         with self._lock:
             self.found = at if self.found is None else min(self.found, at)
 
 
-def _pieces(one: DiskImage, other: DiskImage) -> Iterator[tuple[int, int]]:
-    """(start, length), aligned, at most CHUNK, of all that is data in either image; in order."""
-    done = 0
-    for start, length in merged_ranges(data_parts(one.extents()), data_parts(other.extents())):
+def _pieces(one: DiskImage, other: DiskImage, known: Sequence[Part]) -> Iterator[Piece]:
+    """All that is data in either image or known of the first, at most CHUNK each; in order, and nothing twice."""
+    done, at = 0, 0
+    for start, length in merged_ranges(
+        data_parts(one.extents()), data_parts(other.extents()), ((part.start, part.length) for part in known)
+    ):
         done = max(done, start // CHUNK * CHUNK)
         while done < start + length:
-            yield done, CHUNK
-            done += CHUNK
+            if at < len(known) and known[at].start <= done:
+                part = known[at]
+                yield part
+                done, at = part.start + part.length, at + 1
+                continue
+            stop = (done // CHUNK + 1) * CHUNK
+            if at < len(known):
+                stop = min(stop, known[at].start)
+            yield done, stop - done, None
+            done = stop
 
 
-def _make_comparer(one: DiskImage, other: DiskImage, comparison: _Comparison) -> Callable[[tuple[int, int]], None]:
+def _make_comparer(one: DiskImage, other: DiskImage, comparison: _Comparison) -> Callable[[Piece], None]:
     left, right = bytearray(CHUNK), bytearray(CHUNK)
 
-    def compare(piece: tuple[int, int]) -> None:
-        start, length = piece
-        for image, buffer in ((one, left), (other, right)):
-            inside = max(0, min(length, image.virtual_size - start))
-            image.pread_into(start, memoryview(buffer)[:inside])
-            buffer[inside:] = ZEROS[inside:]
-        if left != right:
-            at = next(index for index in range(length) if left[index] != right[index])
-            comparison.differs(start + at)
+    def read(image: DiskImage, start: int, length: int, buffer: bytearray) -> None:
+        inside = max(0, min(length, image.virtual_size - start))
+        image.pread_into(start, memoryview(buffer)[:inside])
+        buffer[inside:length] = ZEROS[: length - inside]
+
+    def compare(piece: Piece) -> None:
+        start, length, value = piece
+        read(other, start, length, right)
+        if value is not None:
+            found = Sum()
+            found.add(memoryview(right)[:length])
+            if found.value == value:
+                return
+        read(one, start, length, left)
+        if left[:length] != right[:length]:
+            comparison.differs(start + next(index for index in range(length) if left[index] != right[index]))
+        elif value is not None:
+            comparison.differs(start)  # it is what the source reads as now, and not what it read as before
 
     return compare

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+import zlib
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from fixtures import vhd_images
 from fixtures.qcow2_images import Recipe, make
-from imagekit import copying
+from imagekit import copying, sums
 from imagekit.errors import CorruptImage, ImagekitError, InvalidImage, VerificationFailed
 from imagekit.formats import registry
 from imagekit.formats.base import DiskImage, WriterOptions
@@ -19,6 +21,7 @@ from imagekit.formats.files import MemoryFile
 from imagekit.formats.raw import RawImage
 from imagekit.plan import ConversionPlan, build_plan
 from imagekit.progress import Control, Progress
+from imagekit.sums import Part, Sum
 from imagekit.verify import first_difference, present_blocks, verify_content, verify_structure
 from tests.disks import IDENTIFIER, OPTIONS, disks, noise, qcow2_recipes
 
@@ -153,6 +156,60 @@ def test_a_difference_fails_the_verification_and_says_where() -> None:
     verify_content(raw(DISK), raw(DISK))
     with pytest.raises(VerificationFailed, match="the content differs at guest offset 0x400003"):
         verify_content(raw(DISK), raw(bytes(other)))
+
+
+def sums_of(disk: bytes, parts: list[tuple[int, int]]) -> list[Part]:
+    out = []
+    for start, length in parts:
+        total = Sum()
+        total.add(disk[start : start + length // 2])
+        total.add(memoryview(disk)[start + length // 2 : start + length])
+        out.append(Part(start, length, total.value))
+    return out
+
+
+@given(disks(unit=4096), st.data())
+@settings(max_examples=40)
+def test_what_was_read_is_held_against_its_sum_and_all_else_is_compared(disk: bytes, data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(disk)), max_size=8)))
+    known = sums_of(disk, [(start, min(stop - start, 2 * MiB)) for start, stop in pairwise(cuts)][::2])
+    reads: list[tuple[int, int]] = []
+
+    class Watched(RawImage):
+        def pread_into(self, offset: int, buffer: memoryview) -> None:
+            reads.append((offset, len(buffer)))
+            super().pread_into(offset, buffer)
+
+    source = Watched(MemoryFile(disk), len(disk))
+    assert first_difference(source, raw(disk), known=known, jobs=2) is None
+    for part in known:
+        assert not any(start < part.start + part.length and start + length > part.start for start, length in reads)
+    changed, at = bytearray(disk), data.draw(st.integers(0, len(disk) - 1))
+    changed[at] ^= 1
+    assert first_difference(source, raw(bytes(changed)), known=known) == at
+
+
+def test_a_source_that_reads_otherwise_than_it_did_fails_the_verification() -> None:
+    """The copy is what was read then; which of the two readings was wrong nobody knows."""
+    disk = noise(4 * MiB)
+    known = sums_of(noise(4 * MiB, 1), [(MiB, MiB)])
+    assert first_difference(raw(disk), raw(disk), known=known) == MiB
+
+
+def test_sums_are_the_same_with_and_without_libdeflate(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = noise(100_000)
+    fast = sums_of(disk, [(0, 100_000), (5, 7)])
+    monkeypatch.setattr(sums, "functions", lambda: (zlib.crc32, zlib.adler32))
+    assert sums_of(disk, [(0, 100_000), (5, 7)]) == fast
+    assert fast[0].value == zlib.adler32(disk) << 32 | zlib.crc32(disk)
+
+
+def test_only_so_many_parts_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sums, "MAX_PARTS", 3)
+    noted = sums.Sums()
+    for start in (9, 3, 6, 0):
+        noted.note(start, 1, 0)
+    assert [part.start for part in noted.parts()] == [3, 6, 9]
 
 
 def test_data_where_the_source_has_a_hole_is_a_difference() -> None:
