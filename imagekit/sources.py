@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 from imagekit import policy, remote
 from imagekit.errors import CorruptImage, ImagekitError, InvalidImage, SourceError, UnsafeImage, UnsupportedFeature
@@ -190,7 +191,7 @@ def _recognised(file: LocalFile, reading: Reading, control: Control) -> Source:
     # Bytes declared raw are taken as they are, whatever they look like.
     if name != "raw" and _is_packed(file):
         return _unpacked(file, reading, control)
-    return _judged(file, reading)
+    return _judged(file, reading, control)
 
 
 def _is_packed(file: LocalFile) -> bool:
@@ -224,7 +225,7 @@ def _unpacked(file: LocalFile, reading: Reading, control: Control) -> Source:
             file, make=lambda name: reading.opener.scratch(reading.scratch, name), control=control
         )
     try:
-        source = _judged(inside.file, reading)
+        source = _judged(inside.file, reading, control)
     except BaseException:
         inside.close()
         raise
@@ -253,7 +254,7 @@ def _through_qemu_img(file: LocalFile, name: str, reading: Reading, control: Con
     return Source(raw, "raw", image, tuple(findings), file, identity, wrappers=(f"qemu-img -f {name}",))
 
 
-def _judged(file: LocalFile, reading: Reading, above: tuple[FileIdentity, ...] = ()) -> Source:
+def _judged(file: LocalFile, reading: Reading, control: Control, above: tuple[FileIdentity, ...] = ()) -> Source:
     identity = file.identity
     _check_chain(file, identity, above)
     claims = registry.probe(file)
@@ -273,11 +274,11 @@ def _judged(file: LocalFile, reading: Reading, above: tuple[FileIdentity, ...] =
     findings += policy.judge_limits(stated, reading.limits)
     reading.enforce(findings, file)
     if reading.deep:
-        findings += _structure(chosen, file, image, refuse=reading.allow is not None)
+        findings += _structure(chosen, file, image, control, refuse=reading.allow is not None)
         reading.enforce(findings, file)
     chain: tuple[Source, ...] = ()
     if reading.following is not None and references:
-        chain = _follow(references, file, reading, (*above, identity))
+        chain = _follow(references, file, reading, control, (*above, identity))
         with located(file):
             image = chosen.open(file, resolver=_resolver(references, chain), options=reading.view)
         findings += [_about(finding, source) for source in chain for finding in source.findings]
@@ -287,13 +288,15 @@ def _judged(file: LocalFile, reading: Reading, above: tuple[FileIdentity, ...] =
     return Source(file, chosen.name, image, tuple(findings), file, identity, chain)
 
 
-def _structure(chosen: DiskFormat, file: LocalFile, image: DiskImage, *, refuse: bool) -> list[policy.Finding]:
+def _structure(
+    chosen: DiskFormat, file: LocalFile, image: DiskImage, control: Control, *, refuse: bool
+) -> list[policy.Finding]:
     """What the format's own check says of the whole file. That it cannot say anything is a finding as well."""
     if type(chosen).check is DiskFormat.check:
         return []  # it has no tables
     try:
         with located(file):
-            found = list(policy.judge_structure(chosen.check(file)))
+            found = list(policy.judge_structure(chosen.check(cast("File", _Watched(file, control)))))
     except (CorruptImage, InvalidImage, UnsupportedFeature) as error:
         found = [policy.finding("unchecked", error.message, error.offset)]
     if all(one.severity is not policy.Severity.REFUSE for one in found):
@@ -308,6 +311,24 @@ def _structure(chosen: DiskFormat, file: LocalFile, image: DiskImage, *, refuse:
         *(one for one in found if one.rule != "unchecked"),
         policy.finding("structure", damage.message, damage.offset),
     ]
+
+
+class _Watched:
+    """The open file, for as long as the caller wants it to be read."""
+
+    def __init__(self, file: LocalFile, control: Control) -> None:
+        self._file, self._control = file, control
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def pread(self, offset: int, length: int) -> bytes:
+        self._control.check()
+        return self._file.pread(offset, length)
+
+    def pread_into(self, offset: int, buffer: memoryview) -> int:
+        self._control.check()
+        return self._file.pread_into(offset, buffer)
 
 
 def _damage_to_a_guest(file: LocalFile, image: DiskImage) -> ImagekitError | None:
@@ -343,12 +364,16 @@ def _check_view(chosen: DiskFormat, view: OpenOptions) -> None:
 
 
 def _follow(
-    references: tuple[Reference, ...], file: LocalFile, reading: Reading, above: tuple[FileIdentity, ...]
+    references: tuple[Reference, ...],
+    file: LocalFile,
+    reading: Reading,
+    control: Control,
+    above: tuple[FileIdentity, ...],
 ) -> tuple[Source, ...]:
     opened: list[Source] = []
     try:
         for reference in references:
-            opened.append(_open_reference(reference, file, reading, above))
+            opened.append(_open_reference(reference, file, reading, control, above))
     except BaseException:
         for source in opened:
             source.close()
@@ -357,7 +382,7 @@ def _follow(
 
 
 def _open_reference(
-    reference: Reference, origin: LocalFile, reading: Reading, above: tuple[FileIdentity, ...]
+    reference: Reference, origin: LocalFile, reading: Reading, control: Control, above: tuple[FileIdentity, ...]
 ) -> Source:
     """The first file that the names lead to and that is the one meant."""
     assert reading.following is not None
@@ -367,7 +392,7 @@ def _open_reference(
     below = replace(reading, declared=reference.format, view=AS_IS, allow=allow)
     refused: ImagekitError | None = None
     for file in reading.opener.referred(reference, origin, reading.following):
-        source = _open_below(file, below, above)
+        source = _open_below(file, below, control, above)
         try:
             if (
                 reference.format is None
@@ -385,9 +410,9 @@ def _open_reference(
     raise refused
 
 
-def _open_below(file: LocalFile, reading: Reading, above: tuple[FileIdentity, ...]) -> Source:
+def _open_below(file: LocalFile, reading: Reading, control: Control, above: tuple[FileIdentity, ...]) -> Source:
     try:
-        return _judged(file, reading, above)
+        return _judged(file, reading, control, above)
     except BaseException:
         file.close()
         raise

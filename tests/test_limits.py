@@ -15,6 +15,7 @@ from imagekit.errors import UnsafeImage, UsageError
 from imagekit.limits import RUN_MEMORY, Limits
 from imagekit.policy import RULES
 from imagekit.progress import Control
+from imagekit.sources import Reading, open_source
 from tests.disks import noise
 from tests.test_cli import imagekit as command
 
@@ -73,6 +74,16 @@ def test_what_takes_too_long_is_refused() -> None:
     with pytest.raises(UnsafeImage, match="limit-seconds"):
         control.check()
     assert control.within(60).deadline == control.deadline, "a later end does not replace an earlier one"
+
+
+def test_the_look_at_all_tables_ends_with_the_time(image: Path) -> None:
+    """Also where there are no bytes of a guest yet."""
+    late = Control().within(0.0)
+    time.sleep(0.01)
+    with open_source(image, control=late):
+        pass
+    with pytest.raises(UnsafeImage, match="limit-seconds"):
+        open_source(image, Reading(deep=True), control=late)
 
 
 def test_info_shows_what_convert_refuses(tmp_path: Path) -> None:
