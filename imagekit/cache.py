@@ -38,6 +38,7 @@ from imagekit.locks import held
 from imagekit.progress import Callback, Control
 from imagekit.publish import write_file
 from imagekit.references import Following, find
+from imagekit.warm import make_ready
 
 SCHEMA = 1
 SUFFIXES = (".vhd", ".vhdx", ".avhd", ".avhdx")
@@ -138,6 +139,7 @@ class ImageCache:
         shared_with_nova: bool = False,
         allow: frozenset[str] = frozenset(),
     ) -> None:
+        make_ready()
         self.folder = Path(folder)
         self._instances = tuple(Path(one) for one in instances)
         self._child = child or Child()

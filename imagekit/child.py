@@ -5,8 +5,11 @@ conversion in one of them would stall an agent for as long as it takes. The chil
 (imagekit.child_main); which one is the caller's choice, since an agent's Python may be older or have other packages.
 
 Both sides speak JSON Lines: the task goes in as one line, progress, the result or the error come out. All of it goes
-through files, not pipes: nothing here ever waits for the child but by looking and sleeping, and ``time.sleep`` is
-what every green-thread library replaces.
+through files in memory (Linux; temporary ones elsewhere), not pipes: nothing here ever waits for the child but by
+looking and sleeping, and ``time.sleep`` is what every green-thread library replaces.
+
+The child has a lower priority than its caller, and no more of them start at once than there are processors: an
+agent gets its turn however many disks are made.
 
 Not here: what the tasks do (imagekit.api).
 """
@@ -20,8 +23,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +36,11 @@ LAST_WORDS = 2000
 """Characters of the child's stderr that an error quotes."""
 GRACE = 5.0
 """Seconds a child has to end after it was asked to."""
+NICENESS = 10
+"""What a child's priority is below its caller's: it gets about a tenth of a processor that both want."""
+
+_starting = threading.BoundedSemaphore(os.cpu_count() or 1)
+"""Held while an interpreter starts: that takes half a second of a processor, and many may be asked for at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,9 @@ class Child:
     environment: Mapping[str, str] | None = None
     """The child's whole environment; None: this process's."""
 
+    niceness: int = NICENESS
+    """How far the child's priority is below this process's (Windows: any but 0 is "below normal")."""
+
     def run(
         self,
         task: str,
@@ -62,43 +73,81 @@ class Child:
         and Cancelled when the caller asked to stop; the child has ended in every case.
         """
         control = Control(progress, cancel)
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as files:
-            request, answers, words = (
-                files.enter_context((Path(folder) / name).open("w+b")) for name in ("request", "answers", "words")
-            )
-            asked = {"task": task, "arguments": dict(arguments), "caller": os.getpid()}
+        asked = {"task": task, "arguments": dict(arguments), "caller": os.getpid()}
+        with _channel() as (request, answers, words, reader), ExitStack() as slot:
             request.write(json.dumps(asked).encode() + b"\n")
             request.seek(0)
-            command = [self.python, "-m", "imagekit.child_main"]
+            while not _starting.acquire(blocking=False):
+                control.check()
+                time.sleep(self.interval)
+            slot.callback(_starting.release)
+            process = self._start(request, answers, words)
             try:
-                process = subprocess.Popen(
-                    command, stdin=request, stdout=answers, stderr=words, env=self.environment, close_fds=True
-                )
-            except OSError as error:
-                raise errors.ToolError(
-                    f"{self.python} cannot be started: {error.strerror}", hint="name a Python that has imagekit"
-                ) from error
-            try:
-                return self._follow(process, Path(answers.name), words, control)
+                return self._follow(process, reader, words, control, slot)
             finally:
                 _end(process, self.interval)
 
+    def _start(self, request: IO[bytes], answers: IO[bytes], words: IO[bytes]) -> subprocess.Popen[bytes]:
+        flags = 0
+        if sys.platform == "win32" and self.niceness:
+            flags = subprocess.BELOW_NORMAL_PRIORITY_CLASS
+        try:
+            process = subprocess.Popen(
+                [self.python, "-m", "imagekit.child_main"],
+                stdin=request,
+                stdout=answers,
+                stderr=words,
+                env=self.environment,
+                close_fds=True,
+                creationflags=flags,
+            )
+        except OSError as error:
+            raise errors.ToolError(
+                f"{self.python} cannot be started: {error.strerror}", hint="name a Python that has imagekit"
+            ) from error
+        if sys.platform != "win32" and self.niceness:
+            with suppress(OSError):  # it has ended already
+                os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + self.niceness)
+        return process
+
     def _follow(
-        self, process: subprocess.Popen[bytes], answers: Path, words: IO[bytes], control: Control
+        self,
+        process: subprocess.Popen[bytes],
+        reader: IO[bytes],
+        words: IO[bytes],
+        control: Control,
+        slot: ExitStack,
     ) -> dict[str, Any]:
-        with answers.open("rb") as reader:
-            pending = b""
-            while True:
-                ended = process.poll() is not None
-                *lines, pending = (pending + reader.read()).split(b"\n")
-                for line in lines:
-                    found = understood(line, control)
-                    if found is not None:
-                        return found
-                if ended:
-                    raise ended_silently(process.returncode, words)
-                control.check()
-                time.sleep(self.interval)
+        pending = b""
+        while True:
+            ended = process.poll() is not None
+            *lines, pending = (pending + reader.read()).split(b"\n")
+            if lines:
+                slot.close()  # it has started: it speaks
+            for line in lines:
+                found = understood(line, control)
+                if found is not None:
+                    return found
+            if ended:
+                raise ended_silently(process.returncode, words)
+            control.check()
+            time.sleep(self.interval)
+
+
+@contextmanager
+def _channel() -> Iterator[tuple[IO[bytes], IO[bytes], IO[bytes], IO[bytes]]]:
+    """Files for the request, the answers and the child's stderr, and a reader of the answers with its own place."""
+    names = ("request", "answers", "words")
+    with ExitStack() as files:
+        if sys.platform == "linux":
+            # In no file system: there, who makes a file may have to wait until another's data are on the medium.
+            made = [files.enter_context(os.fdopen(os.memfd_create(name), "w+b")) for name in names]
+            again = Path(f"/proc/self/fd/{made[1].fileno()}")
+        else:
+            folder = Path(files.enter_context(tempfile.TemporaryDirectory()))
+            made = [files.enter_context((folder / name).open("w+b")) for name in names]
+            again = folder / "answers"
+        yield made[0], made[1], made[2], files.enter_context(again.open("rb"))
 
 
 def understood(line: bytes, control: Control) -> dict[str, Any] | None:

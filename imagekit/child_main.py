@@ -1,9 +1,9 @@
 """A task of the library in a process of its own: the child's side (imagekit.child starts it).
 
 One line of JSON comes in a task: ``{"task": NAME, "arguments": {…}, "caller": PID}``, the arguments being those of
-the function of that name in imagekit.api. JSON Lines go out: ``status`` with phase, done and total now and then, at
-the end one ``result`` or one ``exit_error``, in the words of ``imagekit --progress json``. Tasks are done one after
-the other, until no more comes.
+the function of that name in imagekit.api. JSON Lines go out: ``started``; ``status`` with phase, done and total now
+and then, and at the end of each task one ``result`` or one ``exit_error``, in the words of ``imagekit --progress
+json``. Tasks are done one after the other, until no more comes.
 
 SIGTERM, and the death of the caller where the platform tells, stop the task as Ctrl-C stops the command line:
 nothing is left behind.
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from imagekit import api
+from imagekit.adopt import adopt
 from imagekit.batch.tasks import perform
 from imagekit.errors import Cancelled, ImagekitError, UsageError
 from imagekit.formats.base import JSON, MiB
@@ -63,6 +64,7 @@ LONG: dict[str, Callable[..., Mapping[str, JSON]]] = {
     "compare": _report(api.compare),
     "measure": api.measure,
     "digest": _digest,
+    "adopt": adopt,
     "perform": perform,
 }
 SHORT: dict[str, Callable[..., Mapping[str, JSON]]] = {
@@ -90,6 +92,7 @@ def main() -> int:
     def say(message_type: str, **more: JSON) -> None:
         answers.write(json.dumps({"message_type": message_type, **more}) + "\n")
 
+    say("started")
     if MANY in sys.argv[1:]:
         from imagekit import confined
 

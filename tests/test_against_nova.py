@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.oracle]
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE = "0b2a7b1e-6c1e-4f39-9f4c-4d6f2f3a1f00"
 SIZE = 64 * MiB
-LATE = 2.0
-"""Seconds that a 50 ms heartbeat may come late while instances are spawned, on a machine that other tests keep busy;
-0.2 s are the goal on a quiet one."""
+LATE = 0.2
+"""Seconds that a 50 ms heartbeat may come late while instances are spawned, beyond what an idle process's is late."""
 
 
 @pytest.fixture(scope="module")
@@ -155,23 +158,67 @@ def test_an_image_as_large_as_the_flavor_and_flavor_zero_are_told_clearly(
             one.unlink()
 
 
-def test_the_agent_breathes_while_instances_are_spawned(instances: Path, tmp_path: Path) -> None:
-    """Under eventlet: ten spawns at once and a conversion of 2 GiB; nothing keeps the hub from its heartbeat."""
-    image = tmp_path / "large.raw"
-    with image.open("wb") as file:
+IDLE = """
+import sys, threading, time
+late, stop = 0.0, threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+while not stop.is_set():
+    wanted = time.monotonic() + 0.05
+    time.sleep(0.05)
+    late = max(late, time.monotonic() - wanted)
+print(late)
+"""
+
+
+@contextmanager
+def idle_heartbeat() -> Iterator[list[float]]:
+    """The latest heartbeat of a process that does nothing else: what the machine makes everybody wait."""
+    found: list[float] = []
+    with subprocess.Popen(
+        [sys.executable, "-c", IDLE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield found
+        finally:
+            found.append(float(process.communicate()[0]))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2 GiB of data."""
+    path = tmp_path_factory.mktemp("large") / "large.raw"
+    with path.open("wb") as file:
         block = noise(16 * MiB)
         for _ in range(128):
             file.write(block)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("task", "target"),
+    [("heartbeat", "vhdx"), ("heartbeat", "vhd"), ("library heartbeat", "vhdx"), ("library heartbeat", "vhd")],
+    ids=["driver-vhdx", "driver-vhd", "library-vhdx", "library-vhd"],
+)
+def test_the_agent_breathes_while_instances_are_spawned(
+    large: Path, instances: Path, tmp_path: Path, task: str, target: str
+) -> None:
+    """Under eventlet: ten spawns at once and a conversion of 2 GiB; nothing keeps the hub from its heartbeat.
+
+    Three attempts, for a machine that other tests keep busy: a hub that blocks is late each time.
+    """
     late = []
     for attempt in range(3):
         folder = instances / str(attempt)
         folder.mkdir()
-        answer = ask(folder, image, "raw", task="heartbeat", eventlet=True, root_gb=3)
-        assert len(answer["roots"]) == 10
+        with idle_heartbeat() as idle:
+            answer = ask(folder, large, "raw", task=task, target=target, eventlet=True, root_gb=3)
+        assert len(set(answer["roots"])) == 10
         assert answer["fetches"] == [IMAGE]
-        assert imagekit.compare(answer["roots"][0], image, follow_references=True).same
-        late.append(answer["latest"])
-        print(f"latest heartbeat {answer['latest'] * 1000:.0f} ms late of {answer['beats']}")
-        if late[-1] < LATE:
+        assert answer["beats"] > answer["seconds"] / 0.05 / 3
+        assert imagekit.compare(answer["roots"][0], large, follow_references=True).same
+        shutil.rmtree(folder)
+        late.append(answer["latest"] - idle[0])
+        print(f"{task}: {answer['latest'] * 1000:.0f} ms late, an idle process {idle[0] * 1000:.0f} ms")
+        if late[-1] <= LATE:
             break
-    assert min(late) < LATE
+    assert min(late) <= LATE

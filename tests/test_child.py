@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,40 @@ def test_a_child_that_is_killed_is_an_error_not_a_wait(raw: Path, tmp_path: Path
     script.chmod(0o755)
     with pytest.raises(ToolError, match=rf"code -{signal.SIGKILL}"):
         Child(python=str(script)).run("info", {"image": str(raw)})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="niceness is POSIX")
+def test_a_child_has_a_lower_priority_than_its_caller(raw: Path, tmp_path: Path) -> None:
+    """Told by a sitecustomize of the child, once its main has begun."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        f"import atexit, os, pathlib\natexit.register(lambda: pathlib.Path({str(tmp_path / 'nice')!r}).write_text("
+        "str(os.getpriority(os.PRIO_PROCESS, 0))))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    for niceness in (0, 3):
+        Child(environment=environment, niceness=niceness).run("info", {"image": str(raw)})
+        assert int((tmp_path / "nice").read_text()) == min(19, own + niceness)
+
+
+def test_no_more_children_start_at_once_than_there_are_processors(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imagekit.child._starting", threading.BoundedSemaphore(1))
+    site, log = tmp_path / "site", tmp_path / "log"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os, time\n"
+        f"log = os.open({str(log)!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)\n"
+        "os.write(log, b'+')\ntime.sleep(0.2)\nos.write(log, b'-')\n"
+    )
+    child = Child(environment={**os.environ, "PYTHONPATH": str(site)})
+    with ThreadPoolExecutor(3) as pool:
+        sizes = list(pool.map(lambda _: child.run("info", {"image": str(raw)})["virtual-size"], range(3)))
+    assert sizes == [3 * MiB] * 3
+    assert log.read_text() == "+-+-+-"
 
 
 def test_what_a_library_prints_does_not_get_between_the_answers(raw: Path, tmp_path: Path) -> None:

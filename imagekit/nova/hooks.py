@@ -13,30 +13,15 @@ refuses become Nova's ``ImageUnacceptable``.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from imagekit.child import Child
-from imagekit.errors import ImagekitError, UnsafeImage, UsageError
+from imagekit.errors import ImagekitError, UsageError
+from imagekit.warm import make_ready
 
 CONVERTED = ("qcow2", "raw", "vmdk", "vdi")
 READY = ("vhd", "vhdx")
-_USED_LATER = (
-    "numpy",
-    "imagekit.nova.vhdutils",
-    "imagekit.formats.raw",
-    "imagekit.formats.qcow2",
-    "imagekit.formats.vmdk",
-    "imagekit.formats.vdi",
-    "imagekit.formats.vhd",
-    "imagekit.formats.vhd_header",
-    "imagekit.formats.vhd_locators",
-    "imagekit.formats.vhdx",
-    "imagekit.formats.vhdx_image",
-)
 
 
 def enable(
@@ -61,9 +46,7 @@ def enable(
     managers = _unique(_parts(driver, "_block_dev_man"))
     if not caches or not managers or not isinstance(getattr(driver, "capabilities", None), dict):
         raise UsageError("this is not compute-hyperv's driver", hint="give the HyperVDriver object, once it is made")
-    # Now, not in the middle of a spawn: loading a module is time that an agent's other green threads wait.
-    for module in _USED_LATER:
-        importlib.import_module(module)
+    make_ready()
     for cache in caches:
         cache.fetch = _fetching(cache, wanted, target, child or Child(), tuple(sorted(allow)))
     for kind in {type(manager) for manager in managers}:
@@ -100,56 +83,11 @@ def _fetching(
         if declared == "iso":
             return
         try:
-            make_bootable(path, declared, formats=formats, target=target, child=child, allow=allow)
+            child.run(
+                "adopt",
+                {"path": path, "declared": declared, "formats": formats, "target": target, "allow": allow},
+            )
         except ImagekitError as error:
             raise exception.ImageUnacceptable(image_id=image_id, reason=str(error)) from error
 
     return fetch
-
-
-def make_bootable(
-    path: str,
-    declared: str,
-    *,
-    formats: tuple[str, ...] = ("qcow2", "raw"),
-    target: str = "vhdx",
-    child: Child | None = None,
-    allow: tuple[str, ...] = (),
-) -> None:
-    """Judge the image at ``path``, and replace it by a ``target`` disk unless it is a VHD or VHDX already.
-
-    ``declared`` is Glance's disk_format; content in another format is refused (VHDX declared as VHD is not: that is
-    how such images have been registered).
-    """
-    child = child or Child()
-    if declared in READY:
-        # Whatever its name: content decides which of the two it is. Opening it applies the policy.
-        found = child.run("info", {"image": path})["format"]
-        if found in READY:
-            child.run("measure", {"source": path, "format": found, "source_format": found, "allow": allow})
-            return
-        raise UsageError(f"declared {declared}, found {found}", path=path)
-    if declared not in formats:
-        raise UsageError(f"images in the format {declared!r} are not taken", hint=f"formats: {', '.join(formats)}")
-    if declared == "raw" and (found := child.run("info", {"image": path})["format"]) != "raw":
-        # As raw it would be read as it is, and do no harm; but nobody means it, and Nova itself refuses it.
-        raise UnsafeImage(f"declared raw, found {found}", rule="format-mismatch", path=path)
-    part = f"{path}.part.{target}"
-    try:
-        child.run(
-            "convert",
-            {
-                "source": path,
-                "source_format": declared,
-                "target": part,
-                "target_format": target,
-                "overwrite": True,
-                "allow": allow,
-                "verify": "structure",
-                "confined": True,
-            },
-        )
-        Path(part).replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            Path(part).unlink()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -35,6 +36,7 @@ from imagekit.nova.sizes import internal_size
 from imagekit.progress import Callback
 from imagekit.references import Following, find
 from imagekit.sources import located
+from imagekit.warm import make_ready
 
 VHD, VHDX = "VHD", "VHDX"
 VENDOR_MICROSOFT = "ec984aec-a0f9-47e9-901f-71415a66345b"
@@ -64,6 +66,7 @@ class VHDUtils:
     def __init__(
         self, *, child: Child | None = None, progress: Callback | None = None, cancel: threading.Event | None = None
     ) -> None:
+        make_ready()
         self._child = child or Child()
         self._progress = progress
         self._cancel = cancel
@@ -256,6 +259,7 @@ class VHDUtils:
     @contextmanager
     def _open(self, vhd_path: str) -> Iterator[tuple[LocalFile, DiskImage]]:
         """The headers of a VHD or VHDX; what it refers to is not opened."""
+        time.sleep(0)  # a few milliseconds of work follow: the other green threads first
         with as_os_win(), LocalFile.open_source(vhd_path) as file, located(file):
             chosen = _format_of(self.get_vhd_format(vhd_path))
             yield file, chosen.open(file)

@@ -26,6 +26,7 @@ if asked.get("eventlet"):
 
     eventlet.monkey_patch(os=False)
 
+from os_win import _utils as os_win_utils
 from os_win import exceptions as os_win_exceptions
 from os_win import utilsfactory
 from os_win.utils import hostutils
@@ -38,7 +39,8 @@ utilsfactory.utils.get_windows_version = lambda: "10.0.20348"
 def copy(self, source, target, fail_if_exists=True):
     if fail_if_exists and Path(target).exists():
         raise OSError(f"exists: {target}")
-    shutil.copyfile(source, target)
+    # In a thread of the system's, as os-win calls Windows.
+    os_win_utils.avoid_blocking_call(shutil.copyfile, source, target)
 
 
 os_win_pathutils.PathUtils.copy = copy
@@ -152,12 +154,35 @@ def run():
         driver._migrationops._check_resize_vhd(out["root"], info, asked["new_gb"] * 2**30)
         out["size"] = driver._vmops._vhdutils.get_vhd_size(out["root"])["VirtualSize"]
     elif task == "heartbeat":
-        out.update(heartbeat(driver))
+        out.update(heartbeat(lambda name: spawn(driver, name, asked["image"], asked["root_gb"])))
+    elif task == "library heartbeat":
+        out.update(heartbeat(from_the_library()))
     out["fetches"] = fetches
     return out
 
 
-def heartbeat(driver):
+def from_the_library():
+    """A root disk made by imagekit's own cache and functions, without compute-hyperv."""
+    from imagekit.cache import ImageCache
+    from imagekit.nova import prepare_root
+
+    folder = Path(asked["instances"])
+    cache = ImageCache(folder / "_base", instances=(folder,))
+    cache.folder.mkdir()
+
+    def make(name):
+        (folder / name).mkdir()
+
+        def fetched(path):
+            fetch(None, asked["image"], path)
+
+        target = folder / name / f"root.{asked.get('target', 'vhdx')}"
+        return str(prepare_root(cache, asked["image"], fetched, target, size=asked["root_gb"] * 2**30).path)
+
+    return make
+
+
+def heartbeat(make):
     """How late a 50 ms heartbeat comes while instances are spawned by green threads and an image is converted."""
     import time
 
@@ -174,9 +199,7 @@ def heartbeat(driver):
     beating = eventlet.spawn(beat)
     eventlet.sleep(0)
     started = time.monotonic()
-    workers = [
-        eventlet.spawn(spawn, driver, f"web{number}", asked["image"], asked["root_gb"]) for number in range(10)
-    ]
+    workers = [eventlet.spawn(make, f"web{number}") for number in range(10)]
     roots = [worker.wait() for worker in workers]
     spent = time.monotonic() - started
     stop.append(True)
