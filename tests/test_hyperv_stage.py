@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from imagekit.errors import ImagekitError, SourceError, TargetError, UnsafeImage, UsageError
-from imagekit.hyperv.journal import NAME
+from imagekit.hyperv.journal import NAME, Journal
 from imagekit.hyperv.stage import HyperVLauncher, StageOptions
 from imagekit.hyperv.transport import HostError, TransportError
 from imagekit.machine import FILE_NAME, Machine
@@ -243,6 +243,43 @@ def test_a_disk_that_somebody_replaced_has_lost_the_machines_rights(bundle: Path
     assert [(machine.stage, machine.state) for machine in host.machines.values()] == [("ready", "Off")]
 
 
+def test_deleting_without_the_journal_says_which_files_stay(bundle: Path, host: ModelHost) -> None:
+    """The machine's notes say that it is ours; of the files nothing does."""
+    HyperVLauncher(bundle, host).create()
+    (bundle / NAME).unlink()
+    launcher = HyperVLauncher(bundle, host)
+    launcher.delete()
+    assert not host.machines and len(host.files) == 2
+    said = "\n".join(launcher.outcome.done)
+    for name in ("web1.vhd", "web1-config.iso"):
+        assert f"left {FOLDER}\\{name}: this computer's journal does not name it" in said
+    host.files.clear()
+    launcher.delete()
+    assert launcher.outcome.done == ["nothing of this bundle is on the host"]
+
+
+@pytest.mark.parametrize(
+    ("there", "ours"),
+    [(DISK, True), (DISK[::-1], False), (DISK[:-1], False), (None, False)],
+    ids=["what was sent", "other bytes of that size", "a shorter file", "nothing"],
+)
+def test_a_file_whose_publishing_nobody_saw_is_ours_if_it_is_what_was_sent(
+    bundle: Path, host: ModelHost, there: bytes | None, ours: bool
+) -> None:
+    """As a run leaves it that was killed while it published: begun, and the .part is gone."""
+    path = f"{FOLDER}\\web1.vhd"
+    with Journal(bundle / NAME, host="model", uuid=UUID, run="killed") as journal:
+        journal.begin("file", path)
+    if there is not None:
+        host.add_file(path, there)
+    launcher = HyperVLauncher(bundle, host)
+    launcher.delete()
+    left = [] if ours or there is None else [there]
+    assert [file.data for file in host.files.values()] == left
+    assert (f"removed {path}" in launcher.outcome.done) is ours
+    assert any(line.startswith(f"left {path}") for line in launcher.outcome.done) is bool(left)
+
+
 def test_deleting_while_a_job_merges_disks_fails_and_is_repeated(bundle: Path, host: ModelHost) -> None:
     """Its files stay until the machine is gone."""
     launcher = HyperVLauncher(bundle, host)
@@ -263,8 +300,6 @@ def test_a_host_that_keeps_its_own_uuid_is_said(bundle: Path, host: ModelHost) -
 
 
 def test_two_runs_at_once_are_refused(bundle: Path, host: ModelHost) -> None:
-    from imagekit.hyperv.journal import Journal
-
     with Journal(bundle / NAME, host="model", uuid=UUID, run="x"), pytest.raises(SourceError, match="another run"):
         HyperVLauncher(bundle, host).create()
     assert not host.files

@@ -7,11 +7,13 @@ import hashlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -102,6 +104,16 @@ def processes_with(text: str) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
+def assert_shows_text(result: BootResult) -> None:
+    """The screenshot is a PNG of the display on which something is drawn."""
+    assert result.screenshot is not None
+    picture = result.screenshot.read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    start = picture.index(b"IDAT") + 4
+    (length,) = struct.unpack_from(">I", picture, start - 8)
+    assert len(set(zlib.decompress(picture[start : start + length]))) > 1
+
+
 class TestWithQemu:
     def test_the_tiny_guest_boots_and_finds_its_data_and_its_config_drive(self, tiny: Path) -> None:
         result = rehearse(tiny, accelerator="tcg")
@@ -172,7 +184,7 @@ class TestWithQemu:
         assert (result.verdict, result.stage) == ("no-boot", "firmware")
         assert result.seconds < 30
         assert "No bootable device" in lines(result)
-        assert result.screenshot is not None
+        assert_shows_text(result)
 
     def test_a_complaint_that_is_only_on_the_screen_is_read_there(
         self, tmp_path: Path, scratch: Path, qemu_img: str
@@ -181,6 +193,7 @@ class TestWithQemu:
         result = rehearse(tmp_path / "b", accelerator="tcg", timeout=60.0)
         assert result.verdict == "no-boot"
         assert [item.line for item in result.evidence if item.source == "screen"] == ["Missing operating system"]
+        assert_shows_text(result)
 
     def test_a_guest_that_says_nothing_is_unknown_and_its_screen_is_kept(self, silent: Path) -> None:
         result = rehearse(silent, accelerator="tcg", timeout=2.0)
@@ -192,6 +205,7 @@ class TestWithQemu:
     def test_a_guest_that_never_prints_the_callers_marker_did_not_boot(self, tiny: Path) -> None:
         result = rehearse(tiny, accelerator="tcg", marker="something else")
         assert result.verdict == "no-boot"
+        assert_shows_text(result)
         assert not result.accepted(accept_unknown=True)
 
     def test_evidence_is_told_as_it_comes(self, tiny: Path) -> None:

@@ -161,8 +161,15 @@ class HyperVLauncher:
             self.outcome.done += [
                 f"removed {what}" for what in remove(self._host, journal, journal.present(), machines)
             ]
+        self._say_what_stays(where)
         if not self.outcome.done:
             self._say("nothing of this bundle is on the host")
+
+    def _say_what_stays(self, where: Place) -> None:
+        """Files with the names of ours that no journal here names: who made them, nobody can tell."""
+        for path in where.files:
+            if self._host.call("file-info", {"path": path, "hash": False, "size": 0})["exists"]:
+                self._say(f"left {path}: this computer's journal does not name it; if it is yours, remove it there")
 
     def close(self) -> None:
         """Say goodbye to the host."""
