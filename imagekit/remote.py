@@ -1,4 +1,4 @@
-"""Which sources are elsewhere, and how they become a file: http://, https://, glance:, and what comes through a pipe.
+"""Which sources are elsewhere, and how they become a file: http(s)://, s3:// and its like, glance:, and pipes.
 
 An address is text that begins with a scheme; a path never does, and ``file:`` is no address. What a remote image
 refers to is never followed: its names would be looked for on this machine.
@@ -71,9 +71,16 @@ def is_remote(source: str | os.PathLike[str]) -> bool:
     found = _ADDRESS.match(source)
     if found is None or Path(source).exists():
         return False
-    if found[1].lower() not in SCHEMES:
-        raise UsageError(f"{found[1]}:// is not read", hint="give a path, or http:// or https://")
+    if found[1] not in SCHEMES and not _is_stored(found[1]):
+        raise UsageError(f"{found[1]}:// is not read", hint="give a path, or http://, https:// or s3://")
     return True
+
+
+def _is_stored(scheme: str) -> bool:
+    """Whether fsspec has a way to such addresses that leads over a network."""
+    from imagekit.remote_objects import SCHEMES as STORED
+
+    return scheme in STORED
 
 
 def is_glance(source: str | os.PathLike[str]) -> bool:
@@ -247,6 +254,10 @@ def open_remote(
     _refuse_following(following)
     from imagekit.remote_file import RemoteFile
 
+    if _is_stored(source.partition("://")[0]):
+        from imagekit.remote_objects import StoredObject
+
+        return RemoteFile.of(StoredObject(source, access.http()), folder=folder, control=control)
     return RemoteFile.open(source, access.http(), folder=folder, control=control)
 
 
@@ -258,7 +269,7 @@ def _findings(file: LocalFile) -> list[Finding]:
     if not isinstance(file, RemoteFile):
         return [finding("staged", "what comes through the pipe is kept in a temporary file, and read as it comes")]
     if file.ranges:
-        return [finding("downloaded", "read over HTTP while it was fetched")]
+        return [finding("downloaded", "read over the network while it was fetched")]
     return [finding("staged", "the server has no ranges: all of it was fetched to a temporary file first")]
 
 

@@ -13,13 +13,16 @@ from __future__ import annotations
 import copy
 import tempfile
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 
 from imagekit.arriving import MAX_SIZE, PIECE, Arriving, Digest
 from imagekit.errors import ImagekitError, SourceError, UnsafeImage
 from imagekit.formats.files import LocalFile, nameless
 from imagekit.progress import INTERVAL, SILENT, Control
-from imagekit.remote_http import Answer, Dropped, HttpOptions, Resource
+from imagekit.remote_http import Dropped, HttpOptions, Resource, Version
 
 RUN = 8
 """Pieces one request asks for at most."""
@@ -32,13 +35,44 @@ PHASE = "download"
 MISSING, IN_FLIGHT, PRESENT = 0, 1, 2
 
 
+class First(Protocol):
+    """The answer to the first request: of a range, or, where there are none, of everything."""
+
+    @property
+    def partial(self) -> bool: ...
+
+    @property
+    def length(self) -> int | None: ...
+
+    @property
+    def version(self) -> Version: ...
+
+    def pieces(self) -> Iterator[bytes]: ...
+
+
+class Origin(Protocol):
+    """Where the bytes come from: imagekit.remote_http, imagekit.remote_objects."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def options(self) -> HttpOptions: ...
+
+    def opened(self, length: int) -> AbstractContextManager[First]: ...
+
+    def fetch(self, offset: int, length: int, sink: Callable[[int, bytes], None]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class RemoteFile(Arriving):
     """The bytes of a resource. Reads wait for what is missing; safe to share between threads."""
 
     ranges: bool
     """Whether the server has ranges; else the file was fetched as a whole when it was opened."""
 
-    def __init__(self, resource: Resource, folder: Path | None, control: Control) -> None:
+    def __init__(self, resource: Origin, folder: Path | None, control: Control) -> None:
         with nameless(folder or Path(tempfile.gettempdir()), resource.name) as made:
             super().__init__(made.again()._fd, resource.name)
         self._resource = resource
@@ -66,7 +100,15 @@ class RemoteFile(Arriving):
         control: Control = SILENT,
     ) -> RemoteFile:
         """Ask for the first piece, which says what there is. ``expected`` is the size it must have, if known."""
-        file = cls(Resource(url, options or HttpOptions(), label=label), folder, control)
+        resource = Resource(url, options or HttpOptions(), label=label)
+        return cls.of(resource, folder=folder, expected=expected, control=control)
+
+    @classmethod
+    def of(
+        cls, origin: Origin, *, folder: Path | None = None, expected: int | None = None, control: Control = SILENT
+    ) -> RemoteFile:
+        """The same, from any origin."""
+        file = cls(origin, folder, control)
         try:
             file._begin(expected)
         except BaseException:
@@ -101,7 +143,7 @@ class RemoteFile(Arriving):
                         hint="try again later",
                     ) from error
 
-    def _prepare(self, answer: Answer, expected: int | None) -> None:
+    def _prepare(self, answer: First, expected: int | None) -> None:
         size = max(answer.version.size, 0)
         if size > MAX_SIZE:
             raise UnsafeImage(
@@ -115,7 +157,7 @@ class RemoteFile(Arriving):
         LocalFile.truncate(self, size)
         self._states = bytearray(-(-size // PIECE))
 
-    def _take(self, answer: Answer) -> None:
+    def _take(self, answer: First) -> None:
         """The first answer's body: the first piece, or everything."""
         at = 0
         for piece in answer.pieces():

@@ -176,7 +176,7 @@ class Resource:
     @contextmanager
     def opened(self, length: int) -> Iterator[Answer]:
         """The first answer: the first ``length`` bytes, or all of it from a server without ranges."""
-        attempts = _Attempts(self)
+        attempts = Attempts(self.name, self.options, self.connections.closed)
         while True:
             try:
                 answer = self._get(0, length)
@@ -191,7 +191,7 @@ class Resource:
 
     def fetch(self, offset: int, length: int, sink: Callable[[int, bytes], None]) -> None:
         """Give the bytes of a range to ``sink``, in order, each once, resuming as often as it takes."""
-        end, attempts = offset + length, _Attempts(self)
+        end, attempts = offset + length, Attempts(self.name, self.options, self.connections.closed)
         while offset < end:
             began = offset
             try:
@@ -284,24 +284,24 @@ class Resource:
         return SourceError(message, path=self.name, hint=hint or "fetch it with another program and compare")
 
 
-class _Attempts:
-    """Counts attempts that brought nothing, and waits longer and longer between them."""
+class Attempts:
+    """Counts attempts that brought nothing, and waits longer and longer between them, unless ``closed``."""
 
-    def __init__(self, resource: Resource) -> None:
-        self._resource = resource
+    def __init__(self, name: str, options: HttpOptions, closed: threading.Event) -> None:
+        self._name = name
+        self._options = options
+        self._closed = closed
         self._failed = 0
 
     def failed(self, error: Dropped, *, progress: int = 0) -> None:
         self._failed = 1 if progress >= PROGRESS else self._failed + 1
-        options = self._resource.options
+        options = self._options
         if self._failed > options.retries:
             raise SourceError(
-                f"cannot be fetched: {error} ({self._failed} attempts)",
-                path=self._resource.name,
-                hint="try again later",
+                f"cannot be fetched: {error} ({self._failed} attempts)", path=self._name, hint="try again later"
             ) from error
         wait = max(error.wait, options.pause * 2 ** (self._failed - 1))
-        self._resource.connections.closed.wait(min(wait, options.timeout))
+        self._closed.wait(min(wait, options.timeout))
 
 
 @dataclass(slots=True)

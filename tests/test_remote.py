@@ -60,7 +60,7 @@ def test_a_conversion_from_an_address_gives_the_bytes_of_a_local_one(
     imagekit.convert(local, tmp_path / f"local-{target}", **options)
     assert (tmp_path / target).read_bytes() == (tmp_path / f"local-{target}").read_bytes()
     assert (report.source, report.source_size) == (site.url, len(site.content))
-    assert any("over HTTP" in note if ranges else "has no ranges" in note for note in report.notes)
+    assert any("over the network" in note if ranges else "has no ranges" in note for note in report.notes)
     assert site.sent <= len(site.content)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from tests.benchmarks import volumes
+from tests.benchmarks import network, volumes
 from tests.benchmarks.cases import CASES, MIB, Case
 from tests.benchmarks.contenders import contenders
 from tests.benchmarks.measure import rounds
@@ -98,7 +98,11 @@ def run_cases(chosen: list[Case], data: int, disk: int, asked: argparse.Namespac
 
 def run_case(case: Case, sources: dict[str, Path], folder: Path, volume: str, data: int, count: int) -> Result:
     warm(sources[kind] for kind in case.needs)
-    runs = rounds(contenders(case, sources, folder), count, lambda what: say(f"{case.name}: {what}"))
+    said = lambda what: say(f"{case.name}: {what}")  # noqa: E731
+    if network.is_over_network(case):
+        runs = network.measured(case, sources[case.source], folder, count, said)
+    else:
+        runs = rounds(contenders(case, sources, folder), count, said)
     result = Result(case, volume, data, runs)
     say("")
     for row in result.rows():
@@ -152,7 +156,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--list", action="store_true", help="name the cases and end")
     asked = parser.parse_args()
-    chosen = [case for case in CASES if case.quick or not asked.quick]
+    chosen = [case for case in (*CASES, *network.CASES) if case.quick or not asked.quick]
     if asked.quick:
         chosen = [
             replace(case, rounds=min(case.rounds, QUICK_ROUNDS) if case.source else case.rounds) for case in chosen
