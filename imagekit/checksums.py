@@ -112,12 +112,22 @@ class Proof:
         self._thread.join()
 
 
-def find_checksum(text: str, name: str, read: Callable[[str], bytes]) -> Checksum:
-    """What ``ALGO:HEX``, or the list that ``read`` fetches from a path or address, says of the file ``name``."""
+def find_checksum(text: str, name: str, read: Callable[[str], bytes], *, keyring: str | None = None) -> Checksum:
+    """What ``ALGO:HEX``, or the list that ``read`` fetches from a path or address, says of the file ``name``.
+
+    With a ``keyring`` the list must be signed by one of its keys.
+    """
     stated = _STATED.fullmatch(text)
     if stated is not None:
+        if keyring is not None:
+            raise UsageError("a keyring is for lists of checksums", hint="leave out --keyring")
         return Checksum.of(stated[1], stated[2])
-    return from_list(read(text), name, where=text)
+    data = read(text)
+    if keyring is not None:
+        from imagekit.signatures import verified
+
+        data = verified(data, text, read, keyring)
+    return from_list(data, name, where=text)
 
 
 def from_list(data: bytes, name: str, *, where: str) -> Checksum:

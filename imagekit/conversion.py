@@ -212,7 +212,12 @@ def reading(
 def access_to(options: ConvertOptions) -> remote.Access:
     """How what lies elsewhere may be reached."""
     return remote.Access(
-        options.redirect_hosts, options.http_timeout, options.checksum, options.glance_url, options.os_cloud
+        redirect_hosts=options.redirect_hosts,
+        timeout=options.http_timeout,
+        checksum=options.checksum,
+        keyring=options.keyring,
+        glance_url=options.glance_url,
+        os_cloud=options.os_cloud,
     )
 
 

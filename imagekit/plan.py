@@ -96,6 +96,7 @@ class ConvertOptions:
     redirect_hosts: tuple[str, ...] = ()
     http_timeout: float = 30.0
     checksum: str | None = None
+    keyring: str | None = None
     glance_url: str | None = None
     os_cloud: str | None = None
     stated_format: str | None = None

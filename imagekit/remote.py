@@ -41,6 +41,9 @@ class Access:
     checksum: str | None = None
     """What the whole file must hash to, also a local one: ``ALGO:HEX``, or where a list with it is."""
 
+    keyring: str | None = None
+    """OpenPGP keys, one of which must have signed the list that ``checksum`` names."""
+
     glance_url: str | None = None
     """Address of a Glance without Keystone; None: openstacksdk finds the one of ``os_cloud``."""
 
@@ -194,6 +197,8 @@ def _proven(
 ) -> Opened:
     """With the checksum that the caller states, or else the one that a service does."""
     file, checksum, found = opening.file, opening.checksum, list(opening.findings)
+    if access.keyring is not None and access.checksum is None:
+        raise UsageError("a keyring is for the list that --checksum names", hint="add --checksum FILE or URL")
     if access.checksum is not None:
         checksum = _stated(source, access, control)
     if checksum is None:
@@ -213,13 +218,13 @@ def _stated(source: str | os.PathLike[str], access: Access, control: Control) ->
     from imagekit.checksums import MAX_LIST, find_checksum
 
     def read(place: str) -> bytes:
-        listed = replace(access, checksum=None)
+        listed = replace(access, checksum=None, keyring=None)
         with open_named(place, listed, control=control).file as found:
             if found.size > MAX_LIST:
                 raise SourceError(f"has {found.size} bytes, too much for a list of checksums", path=found.name)
             return found.pread(0, found.size)
 
-    return find_checksum(access.checksum or "", file_name(source), read)
+    return find_checksum(access.checksum or "", file_name(source), read, keyring=access.keyring)
 
 
 def _open_glance(source: str, access: Access, *, folder: Path | None, following: bool, control: Control) -> Opened:

@@ -21,6 +21,8 @@ mdir                                    mtools
 mkfs.vfat                               dosfstools
 blkid                                   util-linux
 openssl                                 openssl
+gpg                                     gpg
+gpgv                                    gpgv
 ssh-keygen                              openssh-client
 sfdisk                                  fdisk
 debugfs                                 e2fsprogs

@@ -170,6 +170,7 @@ def imagekit(s3: http.client.HTTPConnection, *arguments: str) -> subprocess.Comp
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_a_conversion_from_s3_gives_the_bytes_of_a_local_one(tmp_path: Path, s3: http.client.HTTPConnection) -> None:
     (tmp_path / "local.qcow2").write_bytes(image())
@@ -181,6 +182,7 @@ def test_a_conversion_from_s3_gives_the_bytes_of_a_local_one(tmp_path: Path, s3:
     assert target.read_bytes() == local.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_info_of_an_object_reads_it_confined(s3: http.client.HTTPConnection) -> None:
     done = imagekit(s3, "info", "s3://images/large", "--output", "json")
@@ -189,6 +191,7 @@ def test_info_of_an_object_reads_it_confined(s3: http.client.HTTPConnection) -> 
     assert "limits" in found["confinement"]
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_errors_of_s3_have_our_exit_codes_and_show_no_secret(
     no_leftovers: Path, s3: http.client.HTTPConnection
@@ -205,6 +208,7 @@ def test_errors_of_s3_have_our_exit_codes_and_show_no_secret(
         assert SECRET not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_credentials_that_do_not_count_are_said_to(s3: http.client.HTTPConnection) -> None:
     """moto asks for signatures once it is told to."""

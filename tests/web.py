@@ -25,6 +25,8 @@ class Answer:
     cut: int | None = None
     stall: float = 0.0
     """Seconds of silence, after the bytes of ``cut``."""
+    drip: float = 0.0
+    """Seconds before each kilobyte."""
 
 
 Fault = Callable[[int, Answer], None]
@@ -97,7 +99,11 @@ def serve(content: bytes, **options: Any) -> Iterator[Site]:
             self.end_headers()
             site.sent += len(answer.body[: answer.cut])  # before the client can have them
             try:
-                self.wfile.write(answer.body[: answer.cut])
+                if answer.drip:
+                    for at in range(0, len(answer.body), 1024):
+                        time.sleep(answer.drip)
+                        self.wfile.write(answer.body[at : at + 1024])
+                self.wfile.write(answer.body[: answer.cut] if not answer.drip else b"")
                 self.wfile.flush()
                 if answer.cut is not None:
                     time.sleep(answer.stall)

@@ -105,6 +105,12 @@ def remote(
             help="What the whole file must hash to, or a list such as SHA256SUMS that says it; else exit 15.",
         ),
     ] = None,
+    keyring: Annotated[
+        str | None,
+        typer.Option(
+            "--keyring", metavar="FILE", help="OpenPGP keys, one of which must have signed --checksum's list (gpgv)."
+        ),
+    ] = None,
     glance_url: Annotated[
         str | None,
         typer.Option(
@@ -124,6 +130,7 @@ def remote(
         "redirect_hosts": tuple(redirect_host or ()),
         "http_timeout": http_timeout,
         "checksum": checksum,
+        "keyring": keyring,
         "glance_url": glance_url,
         "os_cloud": os_cloud,
     }
