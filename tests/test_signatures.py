@@ -12,7 +12,7 @@ import pytest
 
 from imagekit.cli.app import run
 from imagekit.errors import SourceError, ToolError, VerificationFailed
-from imagekit.signatures import MOST_SIGNED, verified, with_suffix
+from imagekit.signatures import BESIDE, MOST_SIGNED, verified, with_suffix
 from tests.oracles import need_tool
 from tests.test_remote import image
 from tests.web import serve
@@ -92,7 +92,7 @@ def test_what_is_not_signed_by_a_key_of_the_keyring_is_refused(signers: tuple[Si
         (stranger.gpg("--clear-sign", data=LIST.encode()), b"", "by no key"),
     ):
         with pytest.raises(VerificationFailed, match=said):
-            verified(data, "SHA256SUMS", lambda _, signature=signature: signature, keyring)
+            verified(data, "SHA256SUMS", {f"SHA256SUMS{suffix}": signature for suffix in BESIDE}.__getitem__, keyring)
 
 
 @pytest.mark.oracle
