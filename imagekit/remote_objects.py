@@ -20,7 +20,7 @@ from imagekit.errors import ImagekitError, SourceError, ToolError, UsageError
 from imagekit.remote_http import Attempts, Dropped, HttpOptions, Version, shown
 
 SCHEMES = frozenset(
-    ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "obs", "b2", "sftp", "ftp", "smb", "webhdfs")
+    ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "obs", "b2", "sftp", "smb", "webhdfs")
 )
 """Protocols of fsspec that lead over a network, each to one host or service."""
 CREDENTIALS = "credentials come from the environment or the files of the store's own tools (AWS_…, ~/.aws)"
