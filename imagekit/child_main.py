@@ -27,6 +27,7 @@ from imagekit.adopt import adopt
 from imagekit.batch.tasks import perform
 from imagekit.errors import Cancelled, ImagekitError, UsageError
 from imagekit.formats.base import JSON, MiB
+from imagekit.glance_import import import_image
 from imagekit.progress import Callback, Progress
 
 STEP = 0.2
@@ -66,6 +67,7 @@ LONG: dict[str, Callable[..., Mapping[str, JSON]]] = {
     "digest": _digest,
     "adopt": adopt,
     "perform": perform,
+    "import_image": import_image,
 }
 SHORT: dict[str, Callable[..., Mapping[str, JSON]]] = {
     "create": _report(api.create),

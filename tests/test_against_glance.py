@@ -1,15 +1,19 @@
 """The real Glance 33: images from it and to it, its refusals, and our import plugin inside it.
 
-tests/oracles/glance.py starts it, once for all tests here. What a test uploads has a name of its own.
+tests/oracles/glance.py starts it, once for all tests here, with the plugin; plugins run for imports only. What a test
+uploads has a name of its own.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,17 +24,25 @@ from imagekit.formats.base import GiB, MiB
 from imagekit.launch.tiny_guest import write_tiny_guest
 from imagekit.progress import Progress
 from tests.disks import noise
+from tests.keystone import CREDENTIAL, PASSWORD, PROJECT, SECRET, USER, Keystone, keystone
 from tests.oracles import need_tool
-from tests.oracles.glance import RealGlance, real_glance
+from tests.oracles.glance import ROOT, RealGlance, real_glance
+from tests.web import serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.oracle]
 
+SETTINGS = """
+[imagekit_conversion]
+limit_virtual_size = 17179869184
+pass_through = iso
+"""
 PATTERN = noise(65536, 7)
 
 
 @pytest.fixture(scope="module")
 def glance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealGlance]:
-    with real_glance(tmp_path_factory.mktemp("glance")) as started:
+    folder = tmp_path_factory.mktemp("glance")
+    with real_glance(folder, plugins=("imagekit",), settings=SETTINGS) as started:
         yield started
 
 
@@ -171,3 +183,184 @@ def test_a_bomb_ends_with_13(glance: RealGlance, no_leftovers: Path, capsys: pyt
     said = capsys.readouterr().err
     assert "amplification" in said
     assert cli(glance, "convert", f"glance:{made}", no_leftovers / "a.vhdx", "--limit-virtual-size", "1G") == 13
+
+
+# --- the import plugin -------------------------------------------------------------------------------------------
+
+
+def test_the_plugin_makes_a_vhdx_of_a_staged_qcow2(glance: RealGlance, tiny: Path, tmp_path: Path) -> None:
+    """glance-direct. What the user stated stays, what nobody stated is found on the disk."""
+    made = glance.create(name="direct", disk_format="qcow2", os_type="other")
+    glance.begin_import(made, staged=tiny.read_bytes())
+    found = glance.imported(made)
+    assert (found["status"], found["disk_format"], found["container_format"]) == ("active", "vhdx", "bare")
+    assert (found["virtual_size"], found["hw_machine_type"]) == (64 * MiB, "hyperv-gen1")
+    assert found["os_type"] == "other"
+    stored = glance.stored(made)
+    assert found["size"] == len(stored)
+    (tmp_path / "stored.vhdx").write_bytes(stored)
+    compare = [need_tool("qemu-img"), "compare", "-f", "vhdx", "-F", "qcow2"]
+    assert subprocess.run([*compare, tmp_path / "stored.vhdx", tiny]).returncode == 0
+    assert list((glance.folder / "staging").iterdir()) == []
+    assert run(["compare", f"glance:{made}", str(tiny), "--glance-url", glance.url]) == 0
+
+
+def test_the_plugin_makes_a_vhdx_of_a_download(glance: RealGlance, tiny: Path) -> None:
+    made = glance.create(name="downloaded", disk_format="qcow2")
+    with serve(tiny.read_bytes()) as site:
+        glance.begin_import(made, uri=site.url)
+        found = glance.imported(made)
+    assert (found["status"], found["disk_format"]) == ("active", "vhdx")
+    assert list((glance.folder / "staging").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("bomb", "amplification"),
+        ("backing", "backing-file"),
+        ("stated raw", "format-mismatch"),
+        ("torn", "imagekit: "),
+        ("too large", "limit-virtual-size"),
+        ("ami", "container format ami"),
+    ],
+)
+def test_the_plugin_fails_closed(glance: RealGlance, tiny: Path, what: str, said: str) -> None:
+    """The image is queued again, says why, and nothing of it is staged or stored."""
+    data = {
+        "bomb": bomb(),
+        "backing": make(Recipe(size=MiB, backing="/etc/passwd")).data,
+        "stated raw": tiny.read_bytes(),
+        "torn": tiny.read_bytes()[:20000],
+        "too large": make(Recipe(size=17 * GiB)).data,
+        "ami": bytes(MiB),
+    }[what]
+    disk_format = {"stated raw": "raw", "ami": "ami"}.get(what, "qcow2")
+    container = "ami" if what == "ami" else "bare"
+    made = glance.create(name=f"closed-{what}", disk_format=disk_format, container_format=container)
+    glance.begin_import(made, staged=data)
+    found = glance.imported(made)
+    assert found["status"] == "queued"
+    assert said in found["message"] or said in glance.log()
+    assert str(glance.folder) not in found["message"]
+    assert list((glance.folder / "staging").iterdir()) == []
+    assert not (glance.folder / "images" / made).exists()
+
+
+def test_the_plugin_passes_only_what_the_operator_lists(glance: RealGlance) -> None:
+    data = bytes(32769) + b"CD001" + bytes(60000)
+    made = glance.create(name="an-iso", disk_format="iso")
+    glance.begin_import(made, staged=data)
+    assert (glance.imported(made)["status"], glance.stored(made)) == ("active", data)
+
+
+# --- through openstacksdk ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Cloud:
+    """The command line where openstacksdk is installed, with clouds.yaml and variables of its own."""
+
+    glance: RealGlance
+    identity: Keystone
+    folder: Path
+    variables: dict[str, str] = field(default_factory=dict)
+
+    def write(self, **clouds: dict[str, Any]) -> None:
+        (self.folder / "clouds.yaml").write_text(json.dumps({"clouds": clouds}))
+
+    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("OS_")}
+        places = {"HOME": str(self.folder), "PYTHONPATH": str(ROOT), **self.variables}
+        return subprocess.run(
+            [self.glance.python, "-m", "imagekit", *map(str, arguments)],
+            cwd=self.folder,
+            env={**kept, **places},
+            capture_output=True,
+            text=True,
+        )
+
+
+@pytest.fixture
+def cloud(glance: RealGlance, tmp_path: Path) -> Iterator[Cloud]:
+    """Its tokens are of the project ``web``: what is found in there was found with one."""
+    tokens: dict[str, str] = {"an-admins": PROJECT}
+    glance.admit(tokens)
+
+    def issued(token: str) -> None:
+        tokens[token] = PROJECT
+        glance.admit(tokens)
+
+    with keystone(glance.url, issued) as identity:
+        yield Cloud(glance, identity, tmp_path)
+
+
+def password(cloud: Cloud, **more: str) -> dict[str, Any]:
+    auth = {"auth_url": cloud.identity.url, "username": USER, "password": PASSWORD, "project_name": PROJECT}
+    return {"auth": {**auth, "user_domain_id": "default", "project_domain_id": "default", **more}}
+
+
+def test_the_sdk_logs_in_by_password_uploads_and_converts(cloud: Cloud, tiny: Path) -> None:
+    """Each question and each range carries the token: to the project ``open`` the image does not exist."""
+    cloud.write(mine=password(cloud))
+    sent = cloud.run("convert", tiny, "--upload", "glance:by-password", "--os-cloud", "mine", "--output", "json")
+    assert sent.returncode == 0, sent.stderr
+    made = json.loads(sent.stdout)["upload"]["id"]
+    assert made not in cloud.glance.ids()
+    cloud.variables["OS_CLOUD"] = "mine"
+    for name in (made, "by-password"):
+        done = cloud.run("convert", f"glance:{name}", f"{name}.raw")
+        assert done.returncode == 0, done.stderr
+        assert run(["compare", str(cloud.folder / f"{name}.raw"), str(tiny), "-f", "raw"]) == 0
+    assert cloud.identity.logins == ["password"] * 3
+
+
+def test_the_sdk_takes_an_application_credential(cloud: Cloud, tiny: Path) -> None:
+    auth = {
+        "auth_url": cloud.identity.url,
+        "application_credential_id": CREDENTIAL,
+        "application_credential_secret": SECRET,
+    }
+    cloud.write(mine={"auth_type": "v3applicationcredential", "auth": auth})
+    done = cloud.run("upload", tiny, "glance:by-credential", "--os-cloud", "mine")
+    assert done.returncode == 0, done.stderr
+    assert cloud.identity.logins == ["application_credential"]
+
+
+def test_the_sdk_takes_variables(cloud: Cloud, tiny: Path) -> None:
+    given = password(cloud)["auth"]
+    cloud.variables.update({f"OS_{name.upper()}": value for name, value in given.items()})
+    done = cloud.run("upload", tiny, "glance:by-variables")
+    assert done.returncode == 0, done.stderr
+    assert cloud.run("info", "glance:by-variables").returncode == 0
+    assert cloud.identity.logins == ["password", "password"]
+
+
+@pytest.mark.parametrize("auth_type", ["none", "admin_token"])
+def test_the_sdk_needs_no_keystone(cloud: Cloud, tiny: Path, auth_type: str) -> None:
+    """``none`` is the project without a token, ``admin_token`` one that is known to Glance."""
+    auth = {"endpoint": cloud.glance.url, **({} if auth_type == "none" else {"token": "an-admins"})}
+    cloud.write(bare={"auth_type": auth_type, "auth": auth, "image_endpoint_override": cloud.glance.url})
+    done = cloud.run("upload", tiny, f"glance:by-{auth_type}", "--os-cloud", "bare", "--output", "json")
+    assert done.returncode == 0, done.stderr
+    assert (json.loads(done.stdout)["id"] in cloud.glance.ids()) == (auth_type == "none")
+    assert cloud.run("info", f"glance:by-{auth_type}", "--os-cloud", "bare").returncode == 0
+    assert cloud.identity.logins == []
+
+
+def test_who_cannot_log_in_is_told_so_without_the_secret(cloud: Cloud) -> None:
+    cloud.write(
+        wrong=password(cloud, password="wrong horse"),
+        nowhere=password(cloud, auth_url="http://127.0.0.1:9/v3"),
+        revoked={
+            "auth_type": "admin_token",
+            "auth": {"endpoint": cloud.glance.url, "token": "a-revoked-one"},
+            "image_endpoint_override": cloud.glance.url,
+        },
+    )
+    for name in ("wrong", "nowhere", "revoked", "unknown"):
+        done = cloud.run("info", "glance:x", "--os-cloud", name, "--debug")
+        assert done.returncode == 16, (name, done.stderr)
+        assert "imagekit: " in done.stderr
+        said = done.stdout + done.stderr
+        assert not any(secret in said for secret in ("wrong horse", PASSWORD, "a-revoked-one"))

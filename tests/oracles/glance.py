@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -68,7 +69,7 @@ enabled_import_methods = [glance-direct,web-download]
 worker_self_reference_url = {url}
 
 [database]
-connection = sqlite:///{folder}/glance.sqlite
+connection = sqlite:///{folder}/glance.sqlite?timeout=60&isolation_level=IMMEDIATE
 
 [glance_store]
 default_backend = fs
@@ -173,6 +174,25 @@ class RealGlance:
         assert isinstance(values, dict)
         return values
 
+    def begin_import(self, image: str, *, staged: bytes | None = None, uri: str | None = None) -> None:
+        """Hand over bytes (glance-direct), or where they are (web-download), and have Glance import them."""
+        if staged is not None:
+            path = f"/v2/images/{image}/stage"
+            assert self.call("PUT", path, staged, kind="application/octet-stream")[0] == 204
+        method = {"name": "glance-direct"} if uri is None else {"name": "web-download", "uri": uri}
+        status, text = self.call("POST", f"/v2/images/{image}/import", json.dumps({"method": method}).encode())
+        assert status == 202, text
+
+    def imported(self, image: str) -> dict[str, Any]:
+        """The image when its import is over, well or not."""
+        deadline = time.monotonic() + START
+        while time.monotonic() < deadline:
+            tasks = self.call("GET", f"/v2/images/{image}/tasks")[1]["tasks"]
+            if tasks and all(task["status"] in ("success", "failure") for task in tasks):
+                return {**self.show(image), "message": tasks[-1]["message"]}
+            time.sleep(0.2)
+        pytest.fail(f"the import does not end: {self.log()[-3000:]}")
+
     def stored(self, image: str) -> bytes:
         """The bytes, from the store itself."""
         return (self.folder / "images" / image).read_bytes()
@@ -209,6 +229,8 @@ def real_glance(folder: Path, *, plugins: tuple[str, ...] = (), settings: str = 
     sync = [str(python.with_name("glance-manage")), *config, "db_sync"]
     done = subprocess.run(sync, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    with contextlib.closing(sqlite3.connect(folder / "glance.sqlite")) as database:
+        database.execute("PRAGMA journal_mode=WAL")  # readers and the import's writer do not wait for each other
     serve = [str(python.with_name("gunicorn")), "--bind", f"127.0.0.1:{port}", "--workers", "1"]
     serve += ["--worker-class", "gthread", "--threads", "8", "--no-control-socket", "application:application"]
     with (folder / "log" / "gunicorn.log").open("wb") as log:
