@@ -284,7 +284,7 @@ class Cloud:
 @pytest.fixture
 def cloud(glance: RealGlance, tmp_path: Path) -> Iterator[Cloud]:
     """Its tokens are of the project ``web``: what is found in there was found with one."""
-    tokens: dict[str, str] = {"an-admins": PROJECT}
+    tokens: dict[str, str] = {"an-admins": PROJECT, "notused": "open"}  # keystoneauth's word for no token
     glance.admit(tokens)
 
     def issued(token: str) -> None:
