@@ -247,6 +247,9 @@ def test_check_finds_what_no_guest_would_notice(entry: Hostile, image: Path, out
     converted = convert(image, out / "target.raw")
     assert_contained(converted, image, out)
     assert converted.code == 0, converted.stderr
+    assert re.search(entry.says, converted.stderr), "the conversion says so, too"
+    looked = run("info", image, "--deep", "--output", "json").json()["findings"]
+    assert [one["severity"] for one in looked if re.search(entry.says, one["message"])] == ["warn"]
 
 
 @entries({name: one for name, one in REFUSED.items() if one.rule in policy.PROBLEMS.values()})
