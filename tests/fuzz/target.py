@@ -18,7 +18,7 @@ from imagekit.formats import registry
 from imagekit.formats.base import DiskFormat, DiskImage, MiB
 from imagekit.formats.files import MemoryFile
 
-MAGICS = (b"QFI\xfb", b"KDMV", b"COWD", b"vhdxfile", b"conectix", b"QED\0", b"LUKS\xba\xbe")
+MAGICS = (b"QFI\xfb", b"KDMV", b"COWD", b"vhdxfile", b"conectix", b"QED\0", b"LUKS\xba\xbe", b"<<< Orac")
 """What no file that is taken for raw begins with."""
 
 WRONG_KINDS = (UsageError, TargetError, ToolError, BootFailed, Cancelled)
@@ -75,7 +75,9 @@ def _read(image: DiskImage) -> None:
 
 def _check(chosen: DiskFormat, file: MemoryFile) -> None:
     if chosen.name != "raw":
-        json.dumps([problem.message for problem in chosen.check(file)])
+        problems = chosen.check(file)
+        json.dumps([problem.message for problem in problems])
+        list(policy.judge_structure(problems))
 
 
 def TestOneInput(data: bytes) -> None:  # noqa: N802 - the name that atheris knows
