@@ -95,13 +95,16 @@ def main() -> int:
         answers.write(json.dumps({"message_type": message_type, **more}) + "\n")
 
     say("started")
-    if MANY in sys.argv[1:]:
-        from imagekit import confined
+    many = MANY in sys.argv[1:]
+    if many:
+        from imagekit import confined, confined_start
 
         confined.prepare_for_many()
     code = 0
     while not cancel.is_set() and (line := sys.stdin.readline()):
         code = _answer(json.loads(line), say, cancel)
+    if many:
+        confined_start.end()
     return code
 
 

@@ -157,6 +157,12 @@ def prepare_for_many(settings: dict[str, Any]) -> None:
         _nurseries.append(_Nursery(settings))
 
 
+def end() -> None:
+    """The interpreter that others are forked from is gone, and what it took is counted as this process's."""
+    while _nurseries:
+        _nurseries.pop().close()
+
+
 def _start(settings: dict[str, Any], theirs: socket.socket) -> Started:
     for nursery in list(_nurseries):
         try:
