@@ -14,7 +14,7 @@ import http.client
 import json
 import re
 import ssl
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -26,6 +26,8 @@ from imagekit.formats.base import KiB, MiB
 from imagekit.remote_http import USER_AGENT, check_url
 
 PREFIX = "glance:"
+PAGE, MOST_PAGES = 500, 2000
+"""Images of a page that is asked for, and how many pages a list may have."""
 MAX_ANSWER = 8 * MiB
 PATCH = "application/openstack-images-v2.1-json-patch"
 STORING = 600.0
@@ -169,6 +171,19 @@ class Glance:
         """The images of that name, the first of them at least."""
         listed = self.call("GET", "/v2/images?" + urlencode({"name": name, "limit": 20}))
         return [GlanceImage.parse(one) for one in listed.get("images", ())]
+
+    def listed(self, filters: Sequence[tuple[str, str]]) -> Iterator[GlanceImage]:
+        """The images that Glance's own filters choose, the oldest first, page by page."""
+        path: Any = "/v2/images?" + urlencode([*filters, ("sort", "created_at:asc"), ("limit", str(PAGE))])
+        for _ in range(MOST_PAGES):
+            answer = self.call("GET", path)
+            yield from (GlanceImage.parse(one) for one in answer.get("images", ()))
+            path = answer.get("next")
+            if path is None:
+                return
+            if not isinstance(path, str) or not path.startswith("/v2/images?"):
+                break
+        raise ToolError("Glance lists images without an end", path=self.url)
 
     def address(self, image: GlanceImage) -> str:
         """Where the image's bytes are."""

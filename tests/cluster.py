@@ -56,9 +56,11 @@ def cluster(
     scheduler: Sequence[str] = (),
     host: str = "127.0.0.1",
     options: Sequence[str] = (),
+    offers: Sequence[Sequence[str]] = ((), ()),
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Cluster]:
-    """``workers`` and ``scheduler`` are what each command begins with, such as a network namespace."""
+    """``workers`` and ``scheduler`` are what each command begins with, such as a network namespace; ``offers``
+    are options of each worker."""
     about = folder / "scheduler.json"
     dask = [sys.executable, "-m", "dask"]
     env = {**os.environ, "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "0", **(environment or {})}
@@ -77,7 +79,7 @@ def cluster(
         made = Cluster(address)
         for number, before in enumerate(workers):
             here = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--death-timeout", "60", *options]
-            here += ["--local-directory", str(folder / f"worker-{number}")]
+            here += ["--local-directory", str(folder / f"worker-{number}"), *offers[number]]
             made.workers.append(start([*before, *dask, "worker", address, *here], f"worker-{number}"))
         _wait_for(folder, len(workers))
         yield made

@@ -66,7 +66,7 @@ def check_same(images: Path, out: Path, done: subprocess.CompletedProcess[str]) 
 
 
 def test_a_cluster_makes_the_same_bytes(images: Path, tmp_path: Path) -> None:
-    with cluster(tmp_path, options=()) as made:
+    with cluster(tmp_path) as made:
         run = command(images, tmp_path / "out", "--scheduler", made.address)
         done = subprocess.run(run, capture_output=True, text=True)
     check_same(images, tmp_path / "out", done)
@@ -119,9 +119,11 @@ def test_ctrl_c_stops_the_workers_too_and_resume_makes_the_rest_here(images: Pat
 
 def test_workers_need_what_an_item_asks_for(images: Path, tmp_path: Path) -> None:
     """Only one of the two offers the resource: it does all."""
-    with cluster(tmp_path, workers=((), ()), options=("--resources", "imagekit=1")) as made:
+    with cluster(tmp_path, offers=(("--resources", "imagekit=1"), ())) as made:
         run = command(images, tmp_path / "out", "--scheduler", made.address, "--resource", "imagekit=1")
         done = subprocess.run(run, capture_output=True, text=True)
+    items = json.loads((tmp_path / "out/report.json").read_text())["items"]
+    assert len({one["where"] for one in items if one["state"] == "done"}) == 1
     check_same(images, tmp_path / "out", done)
 
 

@@ -130,3 +130,29 @@ def test_exit_codes(glance: FakeGlance, no_leftovers: Path, capsys: pytest.Captu
 
     glance.site.fault = deleted
     assert run(["convert", "glance:debian", str(no_leftovers / "disk.vhdx"), *at]) == 10
+
+
+def test_a_batch_of_what_glance_lists(glance: FakeGlance, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Page by page, with Glance's own filters; each image hashed like any other of Glance's."""
+    ask = "/v2/images?status=active&disk_format=qcow2&sort=created_at%3Aasc&limit=500"
+    more = f"/v2/images?marker={ID}&limit=500"
+    other = {**glance.values, "id": ID.replace("6", "7"), "name": "other/one"}
+    glance.site.other |= {
+        ask: json.dumps({"images": [glance.values], "next": more}).encode(),
+        more: json.dumps({"images": [other]}).encode(),
+        f"/v2/images/{other['id']}": json.dumps({**other, "os_hash_value": "0" * 128}).encode(),
+        f"/v2/images/{other['id']}/file": image(),
+    }
+    command = ["batch", "--from-glance", "disk_format=qcow2", "--glance-url", glance.site.address, "-O", "vhdx"]
+    assert run([*command, "--out", str(tmp_path / "out"), "--output", "json"]) == 3
+    found = json.loads((tmp_path / "out/report.json").read_text())
+    assert found["title"] == "imagekit batch glance disk_format=qcow2"
+    states = {one["target"]: (one["source"], one["state"]) for one in found["items"]}
+    assert states == {
+        "debian.vhdx": (f"glance:{ID}", "done"),
+        "other_one.vhdx": (f"glance:{other['id']}", "failed"),
+    }
+    assert [path.name for path in (tmp_path / "out").glob("*.vhdx")] == ["debian.vhdx"]
+    assert run([*command[:1], "--out", str(tmp_path / "out")]) == 2
+    assert run([*command[:2], "qcow2", *command[3:], "--out", str(tmp_path / "new")]) == 2
+    assert "is no filter" in capsys.readouterr().err

@@ -62,4 +62,5 @@ def do_there(task: Mapping[str, Any], item: Item) -> dict[str, Any]:
 
     threads = max(1, usable_cores() // max(1, worker.state.nthreads))
     options = {"jobs": threads, **task["options"]}
-    return perform({**task, "options": options}, progress=look, cancel=cancel)
+    result = perform({**task, "options": options}, progress=look, cancel=cancel)
+    return {**result, "where": str(worker.address)}

@@ -19,15 +19,19 @@ import re
 import string
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path, PurePath, PureWindowsPath
+from types import MappingProxyType
 from typing import Any
 
 from imagekit import policy
+from imagekit.batch.tasks import is_elsewhere
 from imagekit.errors import ImagekitError, InvalidSpec, SourceError, UsageError
 from imagekit.formats import registry
 from imagekit.formats.base import GiB, KiB, MiB, TiB
 from imagekit.plan import ConvertOptions
 from imagekit.profiles import apply_profile
+from imagekit.remote import Access
 
 MAX_SIZE = 256 * MiB
 """Bytes of a manifest."""
@@ -45,7 +49,7 @@ _UNITS = {"": 1, "k": KiB, "m": MiB, "g": GiB, "t": TiB}
 _SIZES = ("size", "block_size", "sector_size", "align")
 _FLAGS = ("fix_gpt", "preallocate", "follow_references", "ignore_parent_id", "sync")
 _NUMBERS = ("jobs", "timestamp")
-_NOT_HERE = ("overwrite", "dry_run", "parent", "minimum_size", "identifier")
+_NOT_HERE = ("overwrite", "dry_run", "parent", "minimum_size", "identifier", "map_cells", "stated_format")
 OPTIONS = frozenset(one.name for one in fields(ConvertOptions)) - frozenset(_NOT_HERE) | {"id", "profile"}
 
 
@@ -79,6 +83,34 @@ def load(
         base = Path()
     else:
         rows, base = _rows(path, kind), path.parent
+    return _checked(rows, base, defaults, name, manifest)
+
+
+def from_glance(query: str, defaults: Mapping[str, Any], access: Access, *, name: str = DEFAULT_NAME) -> list[Item]:
+    """The active images of Glance that ``query`` chooses: its filters, ``disk_format=qcow2 visibility=public``.
+
+    ``{stem}`` and ``{name}`` of the template are the image's name there, ``{id}`` its id.
+    """
+    filters = [("status", "active")]
+    for part in query.replace("&", " ").split():
+        key, sign, value = part.partition("=")
+        if not (key and sign):
+            raise UsageError(f"--from-glance {part!r} is no filter", hint="--from-glance 'disk_format=qcow2'")
+        filters.append((key, value))
+    images = list(islice(access.glance().listed(filters), MAX_ITEMS + 1))
+    rows = [(None, {"source": image.label}) for image in images]
+    return _checked(rows, Path(), defaults, name, f"glance:{query}", {one.label: one.name for one in images})
+
+
+def _checked(
+    rows: Iterable[tuple[int | None, Mapping[str, Any]]],
+    base: Path,
+    defaults: Mapping[str, Any],
+    name: str,
+    manifest: str,
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> list[Item]:
+    """The items of the rows. ``names`` are those of sources whose address is none."""
     _check_template(name)
     items: list[Item] = []
     taken: dict[str, Item] = {}
@@ -87,7 +119,7 @@ def load(
         if number > MAX_ITEMS:
             raise InvalidSpec(f"more than {MAX_ITEMS} items", path=manifest, hint="make it several runs")
         try:
-            item = _item(number, line, row, base, defaults, name)
+            item = _item(number, line, row, base, defaults, name, names)
         except ImagekitError as error:
             where = f"line {line}: " if line is not None else ""
             raise InvalidSpec(f"{where}item {number}: {error.message}", hint=error.hint, path=manifest) from None
@@ -111,7 +143,8 @@ def _clash(item: Item, what: str, other: Item, manifest: str) -> InvalidSpec:
     there = f"the item on line {other.line}" if other.line is not None else f"item {other.number}"
     return InvalidSpec(
         f"{where}item {item.number}: {what} {there} ({other.source}) too",
-        hint="give one of them another target, or use --name '{number}-{stem}{suffix}'",
+        hint="give one of them another target, or use --name '{number}-{stem}{suffix}'"
+        + (" (or '{stem}-{id}{suffix}')" if item.source.startswith("glance:") else ""),
         path=manifest,
     )
 
@@ -212,7 +245,13 @@ def _mapping(row: Any, line: int | None) -> Mapping[str, Any]:
 
 
 def _item(
-    number: int, line: int | None, row: Mapping[str, Any], base: Path, defaults: Mapping[str, Any], name: str
+    number: int,
+    line: int | None,
+    row: Mapping[str, Any],
+    base: Path,
+    defaults: Mapping[str, Any],
+    name: str,
+    names: Mapping[str, str],
 ) -> Item:
     row = {str(key).replace("-", "_"): value for key, value in row.items()}
     source = row.pop("source", None)
@@ -227,8 +266,8 @@ def _item(
     # Also what only shows when an option is used: a profile, a level of verification, a rule.
     asked = _asked(options)
     if target is None:
-        target = _named(name, number, source, asked)
-    return Item(number, str(base / source), _relative(target), options, line)
+        target = _named(name, number, source, names.get(source), asked)
+    return Item(number, source if is_elsewhere(source) else str(base / source), _relative(target), options, line)
 
 
 def _value(key: str, value: Any) -> Any:
@@ -261,17 +300,20 @@ def _asked(options: Mapping[str, Any]) -> ConvertOptions:
     return apply_profile(options["profile"], asked) if options.get("profile") else asked
 
 
-def _named(name: str, number: int, source: str, asked: ConvertOptions) -> str:
+def _named(name: str, number: int, source: str, called: str | None, asked: ConvertOptions) -> str:
     if asked.target_format is None:
         raise InvalidSpec("neither a target nor a format", hint="target: NAME.vhdx, or -O vhdx, or --for hyperv")
     chosen = registry.find(asked.target_format)
-    file = PurePath(source.rsplit(":", 1)[-1] if ":" in source[2:] else source).name
+    identifier = source.rsplit(":", 1)[-1] if ":" in source[2:] else ""
+    file = PurePath(identifier or source).name if called is None else re.sub(r"[\\/:\0]", "_", called) or identifier
     stem = file.split(".")[0] if file.lower().endswith(SUFFIXES) else PurePath(file).stem
-    return name.format(stem=stem, name=file, suffix=chosen.suffixes[0], format=chosen.name, number=number)
+    return name.format(
+        stem=stem, name=file, suffix=chosen.suffixes[0], format=chosen.name, number=number, id=identifier
+    )
 
 
 def _check_template(name: str) -> None:
-    known = {"stem", "name", "suffix", "format", "number"}
+    known = {"stem", "name", "suffix", "format", "number", "id"}
     try:
         used = {one for _, one, _, _ in string.Formatter().parse(name) if one is not None}
     except ValueError as error:

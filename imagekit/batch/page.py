@@ -214,6 +214,7 @@ def _more(row: Row, report: Mapping[str, Any]) -> str:
         ("verified", report["verified"]),
         ("SHA-256", row.result.get("digest", "")),
         ("disk id", report["target"]["id"]),
+        ("done by", row.result.get("where", "")),
     ]
     if report.get("confinement"):
         facts.append(("read confined by", ", ".join(report["confinement"])))

@@ -17,6 +17,7 @@ from imagekit.cli.options import Format, allowed, command, reading, remote, size
 from imagekit.cli.sizes import short_size
 from imagekit.cli.ui import Ui, line
 from imagekit.errors import BatchFailed, Cancelled, UsageError
+from imagekit.remote import Access
 
 if TYPE_CHECKING:
     from imagekit.batch.crew import Workforce
@@ -30,24 +31,30 @@ app = typer.Typer()
 @command(allow=allowed, reading=reading, remote=remote, made=target)
 def batch(
     ui: Ui,
-    manifest: Annotated[
-        str,
-        typer.Argument(
-            metavar="MANIFEST", help="YAML, JSON, JSON Lines, CSV, a folder or a glob.", show_default=False
-        ),
-    ],
     allow: frozenset[str],
     reading: dict[str, Any],
     remote: dict[str, Any],
     made: dict[str, Any],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder for targets, journal and report.")],
+    manifest: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MANIFEST]", help="YAML, JSON, JSON Lines, CSV, a folder or a glob.", show_default=False
+        ),
+    ] = None,
+    from_glance: Annotated[
+        str | None,
+        typer.Option(
+            "--from-glance", metavar="QUERY", help="Instead: the images Glance lists for 'disk_format=qcow2'."
+        ),
+    ] = None,
     profile: Annotated[
         str | None, typer.Option("--for", metavar="PROFILE", help="The kind of host to write for.")
     ] = None,
     name: Annotated[
         str,
         typer.Option(
-            "--name", metavar="TEMPLATE", help="Names of targets: {stem}{suffix}, {name}, {format}, {number}."
+            "--name", metavar="TEMPLATE", help="Names of targets: {stem}{suffix}, {name}, {format}, {number}, {id}."
         ),
     ] = "{stem}{suffix}",
     format: Format = None,
@@ -77,12 +84,19 @@ def batch(
     from imagekit.batch import journal, report, runner
     from imagekit.batch import manifest as manifests
 
+    if (manifest is None) == (from_glance is None):
+        raise UsageError("either a MANIFEST or --from-glance is needed", hint="imagekit batch images --out converted")
     _check(out, scheduler, jobs)
     defaults = {key: value for key, value in {**reading, **made, **remote}.items() if value not in (None, (), False)}
     defaults.pop("identifier", None)
     defaults |= {"verify": verify, "allow": sorted(allow)}
     more = {"profile": profile, "source_format": format, "size": size}
-    items = manifests.load(manifest, defaults | {key: one for key, one in more.items() if one is not None}, name=name)
+    defaults |= {key: one for key, one in more.items() if one is not None}
+    if manifest is not None:
+        items, title = manifests.load(manifest, defaults, name=name), Path(manifest).name
+    else:
+        access = Access(timeout=remote["http_timeout"], glance_url=remote["glance_url"], os_cloud=remote["os_cloud"])
+        items, title = manifests.from_glance(from_glance or "", defaults, access, name=name), f"glance {from_glance}"
     out.mkdir(parents=True, exist_ok=True)
     cancel = threading.Event()
     shown = Shown(ui, len(items))
@@ -92,7 +106,7 @@ def batch(
             summary = runner.run(
                 book, out, force, resume=resume, retry_failed=retry_failed, listen=shown, cancel=cancel
             )
-        totals = report.write_reports(book.rows(), out, title=f"imagekit batch {Path(manifest).name}")
+        totals = report.write_reports(book.rows(), out, title=f"imagekit batch {title}")
     document = {
         "schema": 1,
         "done": summary.done,
