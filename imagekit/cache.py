@@ -26,11 +26,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 from imagekit.child import Child
-from imagekit.errors import ImagekitError, TargetError, UsageError, VerificationFailed
+from imagekit.errors import ImagekitError, SourceError, TargetError, UsageError, VerificationFailed
 from imagekit.formats import registry
 from imagekit.formats.base import JSON
 from imagekit.formats.files import LocalFile
@@ -295,8 +295,9 @@ class ImageCache:
             return None
         notes = self._notes(path)
         try:
-            known = json.loads(notes.read_bytes())
-            return _entry(path, known)
+            entry = _entry(path, json.loads(notes.read_bytes()))
+            # The driver leaves its use of an entry on the file alone.
+            return replace(entry, used=max(entry.used, path.stat().st_mtime)) if self._nova else entry
         except (OSError, ValueError, KeyError, TypeError):
             pass
         chosen = registry.find(path.suffix[1:].lower())
@@ -347,7 +348,7 @@ class ImageCache:
         Never one that is in use, that is being made or used by another process, or that has children.
         """
         entries, now = self.entries(), time.time()
-        children = self._children()
+        children, unseen = self._children()
         total = sum(entry.file_size for entry in entries)
         removed: list[Path] = []
         kept: list[tuple[Path, str]] = []
@@ -357,7 +358,7 @@ class ImageCache:
             if not old and not (max_bytes is not None and total - freed > max_bytes):
                 continue
             size = entry.file_size
-            reason = children.get(_real(entry.path)) or self._remove(entry, now, dry_run=dry_run)
+            reason = children.get(_real(entry.path)) or unseen or self._remove(entry, now, dry_run=dry_run)
             if reason is not None:
                 kept.append((entry.path, reason))
                 continue
@@ -382,22 +383,39 @@ class ImageCache:
                     return f"it is promised to {user}"
             if not dry_run:
                 # The image first: notes without one are nothing, an image without notes is an entry.
-                entry.path.unlink()
+                try:
+                    entry.path.unlink()
+                except OSError as error:  # open in another program, on Windows
+                    return f"it cannot be removed: {error.strerror}"
                 with suppress(FileNotFoundError):
                     self._notes(entry.path).unlink()
             return None
 
-    def _children(self) -> Mapping[str, str]:
-        """Parent → a child of it, of all disks below the instances' folders and in the cache itself."""
+    def _children(self) -> tuple[Mapping[str, str], str | None]:
+        """Parent → a child of it, of all disks below the instances' folders and in the cache itself.
+
+        And what could not be looked at, if anything: a disk that another program has open, or a folder that is not
+        mounted, may be built on any entry.
+        """
         found: dict[str, str] = {}
+        unseen: list[str] = []
+
+        def failed(error: OSError) -> None:
+            unseen.append(f"{error.filename} cannot be read: {error.strerror}")
+
         for folder in (self.folder, *self._instances):
-            for where, _, names in os.walk(folder):
+            for where, _, names in os.walk(folder, onerror=failed):
                 for name in names:
-                    if name.lower().endswith(SUFFIXES):
-                        path = Path(where) / name
-                        for parent in _parents(path):
+                    if not name.lower().endswith(SUFFIXES):
+                        continue
+                    path = Path(where) / name
+                    try:
+                        for parent in _parents(path, self.folder):
                             found.setdefault(_real(parent), f"{path} is built on it")
-        return found
+                    except SourceError as error:
+                        if path.exists():
+                            unseen.append(f"{path} cannot be read, and may be built on it: {error.message}")
+        return found, unseen[0] if unseen else None
 
 
 def _entry(path: Path, known: Mapping[str, Any]) -> Entry:
@@ -419,12 +437,19 @@ def _real(path: Path) -> str:
     return os.path.normcase(os.path.realpath(path))
 
 
-def _parents(path: Path) -> Iterator[Path]:
-    """The files that a differencing disk may be built on; a disk that cannot be read has none that we know."""
-    try:
-        chosen = registry.by_suffix(os.fspath(path)) or registry.find("vhdx")
-        with LocalFile.open_source(path) as file:
-            for reference in chosen.open(file).info().references:
-                yield from find(reference, path, Following())
-    except (ImagekitError, OSError):
-        return
+def _parents(path: Path, base: Path) -> Iterator[Path]:
+    """The files that a differencing disk may be built on; one that is not found may be the cache's of that name.
+
+    SourceError for a disk that cannot be read. What is no disk has no parent.
+    """
+    chosen = registry.by_suffix(os.fspath(path)) or registry.find("vhdx")
+    with LocalFile.open_source(path) as file:
+        try:
+            references = chosen.open(file).info().references
+        except ImagekitError:
+            return
+    for reference in references:
+        try:
+            yield from find(reference, path, Following())
+        except ImagekitError:
+            yield base / PureWindowsPath(reference.name).name

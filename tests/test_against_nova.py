@@ -101,6 +101,14 @@ def test_it_spawns_from_an_image_it_never_took_before(
     assert answer["capabilities"]["supports_image_type_qcow2"] is True
 
 
+def test_every_public_method_of_os_wins_class_has_the_same_parameters(
+    images: dict[str, Path], instances: Path
+) -> None:
+    answer = ask(instances, images["raw"], "raw", task="signatures")
+    assert len(answer["theirs"]) > 15
+    assert answer["ours"] == answer["theirs"]
+
+
 @pytest.mark.parametrize("target", ["vhd", "vhdx"])
 def test_its_snapshot_is_one_disk(images: dict[str, Path], instances: Path, tmp_path: Path, target: str) -> None:
     upload = tmp_path / f"upload.{target}"

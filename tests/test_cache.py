@@ -20,6 +20,7 @@ import imagekit
 from imagekit.cache import Entry, ImageCache, Target
 from imagekit.errors import SourceError, UnsafeImage, UsageError, VerificationFailed
 from imagekit.formats.base import MiB
+from imagekit.formats.files import LocalFile
 from imagekit.locks import held
 from tests.disks import noise
 from tests.here import Here
@@ -250,6 +251,46 @@ class TestPrune:
         child.unlink()
         assert cache.prune(unused_for=0).removed == (entry.path,)
 
+    def test_a_child_that_names_its_parent_by_another_path_keeps_it(
+        self, raw: Path, folder: Path, tmp_path: Path
+    ) -> None:
+        """As one does that was made on the host and is looked at through a share."""
+        instances = tmp_path / "instances"
+        cache = ImageCache(folder, instances=(instances,), child=Here())
+        entry = cache.get(IMAGE, raw)
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        (elsewhere / entry.path.name).write_bytes(entry.path.read_bytes())
+        imagekit.create(elsewhere / "root.vhdx", parent=str(elsewhere / entry.path.name))
+        (instances / "web1").mkdir(parents=True)
+        (elsewhere / "root.vhdx").rename(instances / "web1" / "root.vhdx")
+        (elsewhere / entry.path.name).unlink()
+        self.aged(entry, 10000)
+        assert "root.vhdx is built on it" in cache.prune(unused_for=0).kept[0][1]
+
+    def test_what_cannot_be_looked_at_keeps_all(
+        self, raw: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A folder that is not mounted; a disk that a running machine has open."""
+        instances = tmp_path / "instances"
+        cache = ImageCache(folder, instances=(instances,), child=Here())
+        entry = cache.get(IMAGE, raw)
+        self.aged(entry, 10000)
+        assert f"{instances} cannot be read" in cache.prune(unused_for=0).kept[0][1]
+        instances.mkdir()
+        (instances / "root.vhdx").write_bytes(b"open elsewhere")
+        opened = LocalFile.open_source
+
+        def in_use(path: Any, **options: Any) -> LocalFile:
+            if Path(path).name == "root.vhdx":
+                raise SourceError("in use by another program", path=path)
+            return opened(path, **options)
+
+        monkeypatch.setattr(LocalFile, "open_source", in_use)
+        assert "root.vhdx cannot be read, and may be built on it" in cache.prune(unused_for=0).kept[0][1]
+        monkeypatch.undo()
+        assert cache.prune(unused_for=0).removed == (entry.path,)  # what is no disk has no parent
+
     def test_a_user_that_was_named_keeps_it_until_it_is_gone(self, raw: Path, folder: Path, tmp_path: Path) -> None:
         user = tmp_path / "elsewhere.vhdx"
         cache = ImageCache(folder, child=Here())
@@ -271,6 +312,15 @@ class TestPrune:
 
 
 class TestSharedWithNova:
+    def test_what_the_driver_used_meanwhile_is_in_use(self, raw: Path, folder: Path) -> None:
+        """It tells by the file's time, and knows no notes."""
+        cache = ImageCache(folder, shared_with_nova=True, child=Here())
+        entry = cache.get(IMAGE, raw)
+        TestPrune().aged(entry, 1000)
+        assert cache.prune(unused_for=500).removed == ()
+        os.utime(entry.path, (1, 1))
+        assert cache.prune(unused_for=500).removed == (entry.path,)
+
     def test_names_are_those_of_compute_hyperv(self, raw: Path, folder: Path) -> None:
         cache = ImageCache(folder, shared_with_nova=True, child=Here())
         entry = cache.get(IMAGE, raw, target=Target("vhd"))

@@ -16,6 +16,7 @@ from uuid import uuid4
 import pytest
 
 import imagekit
+from imagekit.digests import file_digest
 from imagekit.errors import ToolError
 from imagekit.firmware import find_loader
 from imagekit.launch.ovmf import find_firmware
@@ -126,7 +127,9 @@ def test_cloud_init_takes_everything_from_our_drive(debian_guest: Path, tmp_path
     )
     assert bundle.machine.generation == drive.generation
     assert bundle.machine.media[1].path == drive.name
+    before = digests(tmp_path / "bundle")
     result = imagekit.boot(bundle, on="qemu", timeout=TIMEOUT, marker=proof)
+    assert {name: digest for name, digest in digests(tmp_path / "bundle").items() if name in before} == before
     assert (result.verdict, result.stage) == ("booted", "marker"), result.to_json()
     assert result.console is not None
     console = result.console.read_text(errors="replace").splitlines()
@@ -144,6 +147,11 @@ def test_cloud_init_takes_everything_from_our_drive(debian_guest: Path, tmp_path
     assert any("Secure boot enabled" in line or "Secure Boot is enabled" in line for line in seen) == (
         drive.generation == 2
     )
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """What a boot must leave as it is."""
+    return {path.name: file_digest(path) for path in folder.iterdir()}
 
 
 def need_firmware_with_keys() -> None:

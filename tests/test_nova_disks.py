@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -217,39 +215,3 @@ def test_a_config_drive_is_a_dvd_where_hyper_v_has_it(
     with pytest.raises(TargetError):
         attach_config_drive(tmp_path, spec, generation=generation)
     attach_config_drive(tmp_path, spec, rescue=True)
-
-
-_SPAWN = """
-import sys
-from imagekit.cache import ImageCache
-from imagekit.nova import prepare_root
-from concurrent.futures import ThreadPoolExecutor
-folder, image, source, out, first, count = sys.argv[1:]
-cache = ImageCache(folder)
-def one(number):
-    prepare_root(cache, image, source, f"{out}/root{number}.vhdx", size=1 << 30)
-with ThreadPoolExecutor(4) as pool:
-    list(pool.map(one, range(int(first), int(first) + int(count))))
-"""
-
-
-@pytest.mark.slow
-def test_fifty_spawns_from_four_processes_share_one_conversion(cache: ImageCache, raw: Path, tmp_path: Path) -> None:
-    counts = ((0, 13), (13, 13), (26, 12), (38, 12))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _SPAWN, cache.folder, IMAGE, raw, tmp_path, str(first), str(count)],
-            stderr=subprocess.PIPE,
-        )
-        for first, count in counts
-    ]
-    for process in processes:
-        _, error = process.communicate()
-        assert process.returncode == 0, error
-    (entry,) = cache.entries()
-    assert entry.hits == 49  # all but the one that made it
-    roots = sorted(tmp_path.glob("root*.vhdx"))
-    assert len(roots) == 50
-    with ThreadPoolExecutor(2) as pool:
-        assert all(pool.map(lambda root: imagekit.compare(root, raw, follow_references=True).same, roots))
-    assert {virtual_size(root) for root in roots} == {GiB}

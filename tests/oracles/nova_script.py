@@ -153,12 +153,31 @@ def run():
         info = driver._vmops._vhdutils.get_vhd_info(out["root"])
         driver._migrationops._check_resize_vhd(out["root"], info, asked["new_gb"] * 2**30)
         out["size"] = driver._vmops._vhdutils.get_vhd_size(out["root"])["VirtualSize"]
+    elif task == "signatures":
+        out.update(signatures())
     elif task == "heartbeat":
         out.update(heartbeat(lambda name: spawn(driver, name, asked["image"], asked["root_gb"])))
     elif task == "library heartbeat":
         out.update(heartbeat(from_the_library()))
     out["fetches"] = fetches
     return out
+
+
+def signatures():
+    """Name → parameters with defaults, of os-win's class and of ours."""
+    import inspect
+
+    from os_win.utils.storage.virtdisk.vhdutils import VHDUtils
+
+    def parameters(kind, name):
+        function = getattr(kind, name, None)
+        return function and [[one.name, repr(one.default)] for one in inspect.signature(function).parameters.values()]
+
+    names = [name for name, value in vars(VHDUtils).items() if callable(value) and not name.startswith("_")]
+    return {
+        "theirs": {name: parameters(VHDUtils, name) for name in names},
+        "ours": {name: parameters(imagekit.nova.VHDUtils, name) for name in names},
+    }
 
 
 def from_the_library():
