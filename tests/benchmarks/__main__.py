@@ -22,7 +22,7 @@ from pathlib import Path
 from tests.benchmarks import network, volumes
 from tests.benchmarks.cases import CASES, MIB, Case
 from tests.benchmarks.contenders import contenders
-from tests.benchmarks.measure import rounds
+from tests.benchmarks.measure import Failed, rounds
 from tests.benchmarks.table import HEAD, Result, line
 
 GIB = 1 << 30
@@ -79,7 +79,8 @@ def run_cases(chosen: list[Case], data: int, disk: int, asked: argparse.Namespac
     paths = corpus(needed, data, disk)
     say("")
     print(line(HEAD))
-    results = []
+    results: list[Result] = []
+    until = time.monotonic() + 60 * asked.minutes if asked.minutes else None
     for volume in dict.fromkeys(case.volume for case in chosen):
         reason = volumes.missing(volume)
         if reason:
@@ -92,18 +93,22 @@ def run_cases(chosen: list[Case], data: int, disk: int, asked: argparse.Namespac
         with volumes.mounted(volume, 2 * len(kinds) * data + 8 * GIB) as folder:
             sources = on_volume(paths, kinds, folder, volume)
             for case in mine:
-                results.append(run_case(case, sources, folder, volume, data, asked.rounds or case.rounds))
+                count = 1 if until is not None and time.monotonic() > until else asked.rounds or case.rounds
+                try:
+                    results.append(run_case(case, sources, folder, data, count))
+                except Failed as error:
+                    print(f"{case.name} [{volume}]: FAILED: {error}", flush=True)
     return results
 
 
-def run_case(case: Case, sources: dict[str, Path], folder: Path, volume: str, data: int, count: int) -> Result:
+def run_case(case: Case, sources: dict[str, Path], folder: Path, data: int, count: int) -> Result:
     warm(sources[kind] for kind in case.needs)
     said = lambda what: say(f"{case.name}: {what}")  # noqa: E731
     if network.is_over_network(case):
         runs = network.measured(case, sources[case.source], folder, count, said)
     else:
         runs = rounds(contenders(case, sources, folder), count, said)
-    result = Result(case, volume, data, runs)
+    result = Result(case, case.volume, data, runs)
     say("")
     for row in result.rows():
         print(line(row), flush=True)
@@ -151,6 +156,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small disk and the main cases, under three minutes")
     parser.add_argument("--only", action="append", metavar="TEXT", help="cases with this in name or file system")
     parser.add_argument("--rounds", type=int, help="instead of each case's own number")
+    parser.add_argument("--leave-out", action="append", default=[], metavar="TEXT", help="the opposite of --only")
+    parser.add_argument("--minutes", type=float, help="after so many a case gets one round only")
     parser.add_argument("--data", type=float, help="GiB of data on the disk")
     parser.add_argument("--disk", type=float, help="GiB of the disk")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
@@ -163,6 +170,8 @@ def main() -> None:
         ]
     if asked.only:
         chosen = [case for case in chosen if any(text in f"{case.name} [{case.volume}]" for text in asked.only)]
+    left_out = asked.leave_out
+    chosen = [case for case in chosen if not any(text in f"{case.name} [{case.volume}]" for text in left_out)]
     if asked.list or not chosen:
         print("\n".join(f"{case.name} [{case.volume}]" for case in chosen) or "no such case")
         return
@@ -179,12 +188,17 @@ def main() -> None:
     # An installation has its byte code; a checkout may not.
     subprocess.run([sys.executable, "-m", "compileall", "-q", "imagekit", "formats", "cloudinit"], check=True)
     results = run_cases(chosen, data, disk, asked)
-    missed = sum(not met for result in results for _, _, met in result.goals())
+    missed = sum(not goal.met for result in results for goal in result.goals())
     total = sum(1 for result in results for _ in result.goals())
+    print("\nGoals: median (least–most)")
+    for result in results:
+        print("\n".join(result.verdicts()))
     print(f"{total - missed} of {total} goals met, in {time.monotonic() - started:.0f} s")
     if asked.json is not None:
         document = {"machine": about, "data": data, "disk": disk, "results": [one.to_json() for one in results]}
         asked.json.write_text(json.dumps(document, indent=2))
+    if len(results) < len([case for case in chosen if volumes.missing(case.volume) is None]):
+        sys.exit("a case failed")
 
 
 if __name__ == "__main__":

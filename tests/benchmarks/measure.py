@@ -36,6 +36,13 @@ class Contender:
     self_timed: bool = False
     """The command prints the seconds that count."""
 
+    rounds: int | None = None
+    """It takes part in no more than the first so many."""
+
+
+class Failed(Exception):
+    """A command that was measured did not end well; says which, and what it said."""
+
 
 def measure(one: Contender) -> Run:
     """Run the command to its end. Of what it prints only seconds are used, or, when it fails, the errors."""
@@ -51,7 +58,7 @@ def measure(one: Contender) -> Run:
     assert process.stderr is not None
     with process.stderr as errors:
         if status:
-            sys.exit(f"failed: {' '.join(one.command)}\n{errors.read().decode()}")
+            raise Failed(f"{' '.join(one.command)}\n{errors.read().decode()}")
     if process.stdout is not None:
         with process.stdout:
             wall = float(process.stdout.read())
@@ -79,8 +86,9 @@ def rounds(contenders: Sequence[Contender], count: int, said: Callable[[str], No
     runs: dict[str, list[Run]] = {one.name: [] for one in contenders}
     for number in range(count):
         for one in contenders if number % 2 == 0 else reversed(contenders):
-            said(f"{number + 1}/{count} {one.name}")
-            runs[one.name].append(measure(one))
+            if one.rounds is None or number < one.rounds:
+                said(f"{number + 1}/{count} {one.name}")
+                runs[one.name].append(measure(one))
     return runs
 
 
@@ -96,12 +104,15 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(statistics.median(values), min(values), max(values))
 
+    def times(self, factor: float) -> Spread:
+        return Spread(self.median * factor, self.least * factor, self.most * factor)
+
 
 def ratios(ours: Sequence[Run], theirs: Sequence[Run]) -> Spread:
     """How many times as long theirs took, round by round."""
-    return Spread.of([other.wall / one.wall for one, other in zip(ours, theirs, strict=True)])
+    return Spread.of([other.wall / one.wall for one, other in zip(ours, theirs, strict=False)])
 
 
-def cpu_share(ours: Sequence[Run], theirs: Sequence[Run]) -> float:
-    """Our CPU time as a share of theirs: the median of the rounds."""
-    return statistics.median(one.cpu / max(other.cpu, 1e-3) for one, other in zip(ours, theirs, strict=True))
+def cpu_share(ours: Sequence[Run], theirs: Sequence[Run]) -> Spread:
+    """Our CPU time as a share of theirs, round by round."""
+    return Spread.of([one.cpu / max(other.cpu, 1e-3) for one, other in zip(ours, theirs, strict=False)])
