@@ -149,7 +149,7 @@ class Glance:
         def headers() -> Mapping[str, str]:
             return dict(session.get_auth_headers() or {})
 
-        return cls(_base(str(endpoint)), headers, timeout, _context(session), session)
+        return cls(_base(str(endpoint)), headers, timeout, context_of(session), session)
 
     def find(self, name: str) -> GlanceImage:
         """The image of that id, or the one image of that name."""
@@ -170,7 +170,10 @@ class Glance:
     def named(self, name: str) -> list[GlanceImage]:
         """The images of that name, the first of them at least."""
         listed = self.call("GET", "/v2/images?" + urlencode({"name": name, "limit": 20}))
-        return [GlanceImage.parse(one) for one in listed.get("images", ())]
+        images = listed.get("images", ())
+        if not isinstance(images, list | tuple):
+            raise ToolError("Glance lists images in a way that is not known", path=self.url)
+        return [GlanceImage.parse(one) for one in images]
 
     def listed(self, filters: Sequence[tuple[str, str]]) -> Iterator[GlanceImage]:
         """The images that Glance's own filters choose, the oldest first, page by page."""
@@ -225,9 +228,12 @@ class Glance:
         ask = self._ask_directly if self.session is None else self._ask_by_session
         text = self._judged(ask(method, path, body, headers), path.rpartition("/")[2])
         try:
-            return json.loads(text) if text else {}
-        except ValueError:
+            found = json.loads(text) if text else {}
+        except (ValueError, RecursionError):
             raise ToolError("Glance answered with something that is no JSON", path=self.url) from None
+        if not isinstance(found, dict):
+            raise ToolError("Glance answered with JSON that is no object", path=self.url)
+        return found
 
     def _judged(self, answer: Answer, about: str) -> bytes:
         status, reason, text = answer
@@ -318,7 +324,7 @@ def _reason(text: bytes) -> str:
     return f": {words[:300]}" if words else ""
 
 
-def _context(session: Any) -> ssl.SSLContext | None:
+def context_of(session: Any) -> ssl.SSLContext | None:
     """The session's idea of which certificates count, and the one that it shows itself."""
     verify, own = getattr(session, "verify", True), getattr(session, "cert", None)
     if verify is True and own is None:

@@ -20,6 +20,7 @@ brings: oslo.config, oslo.log and taskflow. This module is imported by nothing b
 from __future__ import annotations
 
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -37,6 +38,8 @@ from imagekit.limits import Limits
 
 GROUP = "imagekit_conversion"
 SCHEME = "file://"
+GRACE = 60.0
+"""Seconds a child has beyond its limit."""
 LOG = log.getLogger(__name__)
 CONF = cfg.CONF
 
@@ -135,7 +138,15 @@ class ConvertImage(task.Task):  # type: ignore[misc]
             "limits": {one.name: settings[f"limit_{one.name}"] for one in fields(Limits)},
         }
         python = settings.python or CONF.wsgi.python_interpreter or sys.executable
-        return Child(python).run("import_image", asked)
+        stop = threading.Event()
+        # The child stops itself at its limit; should it hang, it is stopped.
+        late = threading.Timer(settings.limit_seconds + GRACE, stop.set)
+        late.daemon = True
+        late.start()
+        try:
+            return Child(python).run("import_image", asked, cancel=stop)
+        finally:
+            late.cancel()
 
     def revert(self, result: Any, **_: Any) -> None:
         """Undo what this task did, whether it failed itself or one after it."""

@@ -315,6 +315,17 @@ def test_the_sdk_logs_in_by_password_uploads_and_converts(cloud: Cloud, tiny: Pa
     assert cloud.identity.logins == ["password"] * 3
 
 
+def test_a_token_that_expires_meanwhile_is_renewed(cloud: Cloud, tiny: Path) -> None:
+    """Each is over when it comes: the questions and the ranges log in anew."""
+    cloud.identity.lifetime = "2020-01-01T00:00:00.000000Z"
+    cloud.write(mine=password(cloud))
+    assert cloud.run("upload", tiny, "glance:short-lived", "--os-cloud", "mine").returncode == 0
+    before = len(cloud.identity.logins)
+    done = cloud.run("convert", "glance:short-lived", "disk.vhdx", "--os-cloud", "mine")
+    assert done.returncode == 0, done.stderr
+    assert len(cloud.identity.logins) - before >= 3
+
+
 def test_the_sdk_takes_an_application_credential(cloud: Cloud, tiny: Path) -> None:
     auth = {
         "auth_url": cloud.identity.url,

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import ssl
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +17,9 @@ import pytest
 import imagekit
 from imagekit.cli.app import run
 from imagekit.errors import SourceError, ToolError, UnsafeImage, UnsupportedFeature, VerificationFailed
+from imagekit.glance import Glance, context_of
 from imagekit.report import Report
+from tests.oracles import need_tool
 from tests.test_remote import image
 from tests.web import Site, answers, only, serve
 
@@ -156,3 +162,88 @@ def test_a_batch_of_what_glance_lists(glance: FakeGlance, tmp_path: Path, capsys
     assert run([*command[:1], "--out", str(tmp_path / "out")]) == 2
     assert run([*command[:2], "qcow2", *command[3:], "--out", str(tmp_path / "new")]) == 2
     assert "is no filter" in capsys.readouterr().err
+
+
+# --- openstacksdk's session, as far as a stand-in shows; tests/test_against_glance.py has the real one ------------
+
+
+class Session:
+    """What of keystoneauth's session is used; ``answer`` is given to each question."""
+
+    def __init__(self, status: int = 200, body: bytes = b"{}", error: Exception | None = None) -> None:
+        self.status, self.body, self.error = status, body, error
+        self.asked: list[tuple[str, str, dict[str, Any]]] = []
+
+    def request(self, url: str, method: str, **options: Any) -> Session:
+        self.asked.append((method, url, options))
+        if self.error is not None:
+            raise self.error
+        return self
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def status_code(self) -> int:
+        return self.status
+
+    reason = "Because"
+
+    def iter_content(self, size: int) -> Iterator[bytes]:
+        for start in range(0, len(self.body), size):
+            yield self.body[start : start + size]
+
+
+def test_questions_go_through_the_session_and_follow_no_redirect() -> None:
+    values = {"id": ID, "name": "debian", "status": "queued"}
+    session = Session(body=json.dumps(values).encode())
+    service = Glance("http://192.0.2.1:9292", session=session)
+    assert service.show(ID.upper()).status == "queued"
+    ((method, url, options),) = session.asked
+    assert (method, url) == ("GET", f"http://192.0.2.1:9292/v2/images/{ID}")
+    assert (options["redirect"], options["raise_exc"]) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("session", "error", "said"),
+    [
+        (Session(401, b"<html><body>Who are you?</body></html>"), ToolError, "401 Because: Who are you"),
+        (Session(404), SourceError, "no such image"),
+        (Session(302), ToolError, "302"),
+        (Session(body=b"<html>"), ToolError, "no JSON"),
+        (Session(body=b"[" * (9 << 20)), ToolError, "no JSON"),
+        (Session(body=b"[]"), ToolError, "no object"),
+        (Session(body=b'{"images": 5}'), ToolError, "not known"),
+        (Session(body=b'{"images": [5]}'), ToolError, "not known"),
+        (Session(error=RuntimeError("connect")), ToolError, "does not answer: connect"),
+    ],
+    ids=["401", "404", "redirect", "html", "endless", "list", "number", "numbers", "down"],
+)
+def test_what_the_session_brings_is_judged(session: Session, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        Glance("http://192.0.2.1:9292", session=session).named("debian")
+
+
+def test_ranges_trust_and_show_the_certificates_of_the_session(tmp_path: Path) -> None:
+    """With openssl's word for it that they were loaded."""
+    key, own = tmp_path / "key.pem", tmp_path / "own.pem"
+    command = [need_tool("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-days", "9"]
+    subprocess.run([*command, "-keyout", key, "-out", own], check=True, capture_output=True)
+    assert context_of(SimpleNamespace(verify=True, cert=None)) is None
+    lax = context_of(SimpleNamespace(verify=False, cert=None))
+    assert lax is not None
+    assert lax.verify_mode == ssl.CERT_NONE
+    strict = context_of(SimpleNamespace(verify=str(own), cert=(str(own), str(key))))
+    assert strict is not None
+    assert strict.verify_mode == ssl.CERT_REQUIRED
+    assert len(strict.get_ca_certs()) == 1
+    with pytest.raises(ToolError, match="certificate"):
+        context_of(SimpleNamespace(verify=str(tmp_path / "missing"), cert=None))
+
+
+def test_without_openstacksdk_a_cloud_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openstack", None)
+    assert run(["info", "glance:debian", "--os-cloud", "mine"]) == 2

@@ -79,6 +79,7 @@ def test_the_wheel_carries_the_licence_and_the_command(wheel: Path) -> None:
         assert f"{DIST}.dist-info/licenses/LICENSE" in archive.namelist()
         commands = archive.read(f"{DIST}.dist-info/entry_points.txt").decode()
     assert "imagekit = imagekit.cli:main" in commands
+    assert "imagekit = imagekit.glance_plugin:get_flow" in commands.partition("[glance.image_import.plugins]")[2]
 
 
 def test_the_sdist_holds_the_sources_with_tests_and_fixtures(dist: Path, files: list[str]) -> None:
