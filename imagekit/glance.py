@@ -169,8 +169,10 @@ class Glance:
 
     def named(self, name: str) -> list[GlanceImage]:
         """The images of that name, the first of them at least."""
-        listed = self.call("GET", "/v2/images?" + urlencode({"name": name, "limit": 20}))
-        images = listed.get("images", ())
+        return self._images(self.call("GET", "/v2/images?" + urlencode({"name": name, "limit": 20})))
+
+    def _images(self, answer: Mapping[str, Any]) -> list[GlanceImage]:
+        images = answer.get("images", ())
         if not isinstance(images, list | tuple):
             raise ToolError("Glance lists images in a way that is not known", path=self.url)
         return [GlanceImage.parse(one) for one in images]
@@ -180,7 +182,7 @@ class Glance:
         path: Any = "/v2/images?" + urlencode([*filters, ("sort", "created_at:asc"), ("limit", str(PAGE))])
         for _ in range(MOST_PAGES):
             answer = self.call("GET", path)
-            yield from (GlanceImage.parse(one) for one in answer.get("images", ()))
+            yield from self._images(answer)
             path = answer.get("next")
             if path is None:
                 return
