@@ -108,7 +108,7 @@ if sys.platform == "win32":
 
     def kernel_copy(source: File, offset: int, target: File, target_offset: int, length: int) -> int:
         """Let the kernel share clusters (ReFS); returns how many bytes it did, 0 when it cannot."""
-        from_fd, to_fd = source.fileno(), target.fileno()
+        from_fd, to_fd = _readable(source, offset, length), target.fileno()
         if from_fd is None or to_fd is None:
             return 0
         return files_windows.clone(from_fd, offset, to_fd, target_offset, length)
@@ -181,7 +181,7 @@ else:
 
     def kernel_copy(source: File, offset: int, target: File, target_offset: int, length: int) -> int:
         """Let the kernel copy up to ``length`` bytes; returns how many it did, 0 when it cannot."""
-        from_fd, to_fd = source.fileno(), target.fileno()
+        from_fd, to_fd = _readable(source, offset, length), target.fileno()
         if from_fd is None or to_fd is None or sys.platform != "linux":
             return 0
         done = 0
@@ -226,6 +226,14 @@ else:
 
     def _allocated(info: os.stat_result) -> int:
         return info.st_blocks * 512
+
+
+def _readable(source: File, offset: int, length: int) -> int | None:
+    """A descriptor from which those bytes can be read, now that they are there."""
+    if isinstance(source, LocalFile):
+        source.need(offset, length)
+        return source._fd
+    return source.fileno()
 
 
 def _views(buffers: tuple[Buffer, ...]) -> list[memoryview]:
@@ -299,6 +307,9 @@ class LocalFile:
     def held_for_writing(self) -> bool:
         """Whether QEMU has the file open for writing."""
         return _writable_by_qemu(self._fd)
+
+    def need(self, offset: int, length: int) -> None:
+        """Return when those bytes can be read; of a file of this machine they can."""
 
     def pread_into(self, offset: int, buffer: memoryview) -> int:
         done = 0

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
-REMOTE_OPTIONS = ("redirect_hosts", "http_timeout", "checksum", "keyring", "glance_url", "os_cloud")
+REMOTE_OPTIONS = ("redirect_hosts", "http_timeout", "checksum", "keyring", "partial_dir", "glance_url", "os_cloud")
 READING_OPTIONS = (
     *("allow", "follow_references", "parent_map", "ignore_parent_id", "snapshot", "size_from", "limits"),
     *REMOTE_OPTIONS,

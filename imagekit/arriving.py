@@ -50,6 +50,14 @@ class Arriving(LocalFile):
         """How far the bytes from ``offset`` on are here without a gap."""
         raise NotImplementedError
 
+    @property
+    def resumed(self) -> int:
+        """Bytes that were there from an earlier run."""
+        return 0
+
+    def forget(self) -> None:
+        """Delete what would be kept of it for another run."""
+
     def pread_here(self, offset: int, length: int) -> bytes:
         """Bytes that are here, without another look."""
         return super().pread(offset, length)

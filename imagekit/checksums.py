@@ -65,10 +65,13 @@ class Checksum:
                 control.tell("hash", offset, size)
                 digest.update(file.pread(offset, STEP))
         if digest.hexdigest() != self.value:
+            hint = "fetch it again; if it stays so, ask who published it"
+            if isinstance(file, Arriving):
+                file.forget()
+                if file.resumed:
+                    hint = "run it again: what was kept of an earlier run is deleted now"
             raise VerificationFailed(
-                f"its {self.algorithm} is {digest.hexdigest()}, {self.value} was expected",
-                path=file.name,
-                hint="fetch it again; if it stays so, ask who published it",
+                f"its {self.algorithm} is {digest.hexdigest()}, {self.value} was expected", path=file.name, hint=hint
             )
 
 

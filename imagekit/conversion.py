@@ -160,6 +160,7 @@ def planned(
         yield PlannedConversion(opened, image, plan, parent)
         if opened.opened is not None and opened.opened.proof is not None:
             opened.opened.proof.settle()  # also of what only measured or planned
+            opened.opened.forget()
 
 
 @contextmanager
@@ -182,6 +183,7 @@ def at_hand(
     try:
         yield opened
         opened.settle()
+        opened.forget()
     finally:
         opened.close()
 
@@ -216,6 +218,7 @@ def access_to(options: ConvertOptions) -> remote.Access:
         timeout=options.http_timeout,
         checksum=options.checksum,
         keyring=options.keyring,
+        partial_dir=options.partial_dir,
         glance_url=options.glance_url,
         os_cloud=options.os_cloud,
     )

@@ -97,6 +97,7 @@ class ConvertOptions:
     http_timeout: float = 30.0
     checksum: str | None = None
     keyring: str | None = None
+    partial_dir: str | None = None
     glance_url: str | None = None
     os_cloud: str | None = None
     stated_format: str | None = None

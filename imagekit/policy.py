@@ -199,6 +199,8 @@ RULES: dict[str, Rule] = {
         Rule("weak-checksum", Severity.WARN, "another file can be made to have the same"),
         Rule("no-checksum", Severity.WARN, "nothing says that the bytes are those that were uploaded"),
         Rule("staged", Severity.NOTE, "all of the image was fetched before it was read"),
+        Rule("resumed", Severity.NOTE, "a part of the image was there from an interrupted run"),
+        Rule("not-kept", Severity.NOTE, "what is interrupted would be fetched from its start again"),
         Rule("wrapped", Severity.NOTE, "the image was packed; what is inside counts"),
         Rule("ova-signature", Severity.NOTE, "the package is signed; nobody checked by whom"),
         Rule("ova-manifest-incomplete", Severity.WARN, "the disk has no checksum of its own in the package"),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from imagekit.arriving import Arriving
     from imagekit.checksums import Checksum, Proof
     from imagekit.glance import Glance
+    from imagekit.partial import Keeping
     from imagekit.remote_file import RemoteFile
     from imagekit.remote_http import HttpOptions
 
@@ -43,6 +44,9 @@ class Access:
 
     keyring: str | None = None
     """OpenPGP keys, one of which must have signed the list that ``checksum`` names."""
+
+    partial_dir: str | None = None
+    """Where to keep what came of an interrupted download."""
 
     glance_url: str | None = None
     """Address of a Glance without Keystone; None: openstacksdk finds the one of ``os_cloud``."""
@@ -120,7 +124,7 @@ class Opened:
     """What a service states its format to be."""
 
     checksum: Checksum | None = None
-    """What a service states its checksum to be."""
+    """What the caller, or else a service, states its checksum to be."""
 
     proof: Proof | None = None
     """A checksum that is still computed; nothing may come of the file before it is settled."""
@@ -135,6 +139,11 @@ class Opened:
                 path=self.file.name,
                 hint="stop what writes to it, or convert a snapshot",
             )
+
+    def forget(self) -> None:
+        """All is done: nothing need be kept for another run."""
+        if (coming := arriving(self.file)) is not None:
+            coming.forget()
 
     def close(self) -> None:
         if self.proof is not None:
@@ -166,20 +175,30 @@ def open_named(
     A checksum is computed before this returns, or, for a caller who settles what is opened, ``later``: while the file
     is read.
     """
+    if access.keyring is not None and access.checksum is None:
+        raise UsageError("a keyring is for the list that --checksum names", hint="add --checksum FILE or URL")
+    stated = None if access.checksum is None else _stated(source, access, control)
     if is_glance(source):
-        opening = _open_glance(os.fspath(source), access, folder=folder, following=following, control=control)
+        _refuse_following(following)
+        opening = _open_glance(os.fspath(source), access, stated, folder=folder, control=control)
     else:
-        file = _open_file(source, access, folder=folder, following=following, control=control)
-        opening = Opened(file, tuple(_findings(file)), file.identity)
+        file = _open_file(source, access, stated, folder=folder, following=following, control=control)
+        opening = Opened(file, tuple(_findings(file)), file.identity, checksum=stated)
     try:
-        return _proven(opening, source, access, later=later, control=control)
+        return _proven(opening, access, later=later, control=control)
     except BaseException:
         opening.file.close()
         raise
 
 
 def _open_file(
-    source: str | os.PathLike[str], access: Access, *, folder: Path | None, following: bool, control: Control
+    source: str | os.PathLike[str],
+    access: Access,
+    stated: Checksum | None,
+    *,
+    folder: Path | None,
+    following: bool,
+    control: Control,
 ) -> LocalFile:
     if source == STDIN:
         from imagekit.stream_file import open_stdin
@@ -187,22 +206,17 @@ def _open_file(
         _refuse_following(following)
         return open_stdin(folder, control=control)
     if is_remote(source):
-        name = os.fspath(source)
-        return open_remote(name, access, folder=folder, following=following, control=control)
+        _refuse_following(following)
+        return _open_remote(os.fspath(source), access, stated, folder=folder, control=control)
     return LocalFile.open_source(source)
 
 
-def _proven(
-    opening: Opened, source: str | os.PathLike[str], access: Access, *, later: bool, control: Control
-) -> Opened:
-    """With the checksum that the caller states, or else the one that a service does."""
+def _proven(opening: Opened, access: Access, *, later: bool, control: Control) -> Opened:
+    """With the checksum that the caller or a service states, computed or being computed."""
     file, checksum, found = opening.file, opening.checksum, list(opening.findings)
-    if access.keyring is not None and access.checksum is None:
-        raise UsageError("a keyring is for the list that --checksum names", hint="add --checksum FILE or URL")
-    if access.checksum is not None:
-        checksum = _stated(source, access, control)
+    found += _about_keeping(file, access, checksum)
     if checksum is None:
-        return opening
+        return replace(opening, findings=tuple(found))
     found.append(finding("checksum", f"the {checksum.algorithm} of all its bytes is the one stated"))
     if checksum.weak:
         found.append(finding("weak-checksum", f"{checksum.algorithm} proves little: another file can have the same"))
@@ -212,6 +226,24 @@ def _proven(
         return replace(opening, findings=tuple(found), proof=Proof(file, checksum, control))
     checksum.check(file, control=control)
     return replace(opening, findings=tuple(found))
+
+
+def _about_keeping(file: LocalFile, access: Access, checksum: Checksum | None) -> Iterator[Finding]:
+    coming = arriving(file)
+    if access.partial_dir is None or coming is None:
+        return
+    if coming.resumed:
+        yield finding("resumed", f"{coming.resumed} bytes were there from an interrupted run")
+    elif checksum is None:
+        yield finding("not-kept", "nothing is kept for another run: that needs a checksum")
+
+
+def _keeping(access: Access, checksum: Checksum | None) -> Keeping | None:
+    if access.partial_dir is None or checksum is None:
+        return None
+    from imagekit.partial import Keeping
+
+    return Keeping(Path(access.partial_dir), f"{checksum.algorithm}:{checksum.value}")
 
 
 def _stated(source: str | os.PathLike[str], access: Access, control: Control) -> Checksum:
@@ -227,22 +259,29 @@ def _stated(source: str | os.PathLike[str], access: Access, control: Control) ->
     return find_checksum(access.checksum or "", file_name(source), read, keyring=access.keyring)
 
 
-def _open_glance(source: str, access: Access, *, folder: Path | None, following: bool, control: Control) -> Opened:
-    """An image of Glance. What it states to be the hash of it is computed like a checksum that the caller states."""
-    _refuse_following(following)
+def _open_glance(
+    source: str, access: Access, stated: Checksum | None, *, folder: Path | None, control: Control
+) -> Opened:
+    """An image of Glance. What it states to be the hash of it is computed unless the caller states one."""
     from imagekit.remote_file import RemoteFile
 
     service = access.glance()
     image = service.find(source[len(GLANCE) :])
     image.check_readable()
-    options = replace(access.http(), headers=service.headers, context=service.context)
+    checksum = stated or image.checksum
     file = RemoteFile.open(
-        service.address(image), options, folder=folder, expected=image.size, label=image.label, control=control
+        service.address(image),
+        replace(access.http(), headers=service.headers, context=service.context),
+        folder=folder,
+        expected=image.size,
+        label=image.label,
+        keeping=_keeping(access, checksum),
+        control=control,
     )
     found = []
-    if image.checksum is None and access.checksum is None:
+    if checksum is None:
         found = [finding("no-checksum", "Glance states no checksum of the image that we can compute")]
-    return Opened(file, tuple(found), file.identity, image.format, checksum=image.checksum)
+    return Opened(file, tuple(found), file.identity, image.format, checksum=checksum)
 
 
 def _refuse_following(following: bool) -> None:
@@ -252,18 +291,18 @@ def _refuse_following(following: bool) -> None:
         )
 
 
-def open_remote(
-    source: str, access: Access, *, folder: Path | None = None, following: bool = False, control: Control = SILENT
+def _open_remote(
+    source: str, access: Access, stated: Checksum | None, *, folder: Path | None, control: Control
 ) -> RemoteFile:
     """The file at an address; nothing but its first bytes, or all of it, was fetched then."""
-    _refuse_following(following)
     from imagekit.remote_file import RemoteFile
 
+    keeping = _keeping(access, stated)
     if _is_stored(source.partition("://")[0]):
         from imagekit.remote_objects import StoredObject
 
-        return RemoteFile.of(StoredObject(source, access.http()), folder=folder, control=control)
-    return RemoteFile.open(source, access.http(), folder=folder, control=control)
+        return RemoteFile.of(StoredObject(source, access.http()), folder=folder, keeping=keeping, control=control)
+    return RemoteFile.open(source, access.http(), folder=folder, keeping=keeping, control=control)
 
 
 def _findings(file: LocalFile) -> list[Finding]:

@@ -11,6 +11,7 @@ The nameless file takes the room of what was fetched, and is gone with its descr
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from typing import Protocol
 from imagekit.arriving import MAX_SIZE, PIECE, Arriving, Digest
 from imagekit.errors import ImagekitError, SourceError, UnsafeImage
 from imagekit.formats.files import LocalFile, nameless
+from imagekit.partial import Keeping, Kept
 from imagekit.progress import INTERVAL, SILENT, Control
 from imagekit.remote_http import Dropped, HttpOptions, Resource, Version
 
@@ -72,11 +74,15 @@ class RemoteFile(Arriving):
     ranges: bool
     """Whether the server has ranges; else the file was fetched as a whole when it was opened."""
 
-    def __init__(self, resource: Origin, folder: Path | None, control: Control) -> None:
+    def __init__(
+        self, resource: Origin, folder: Path | None, control: Control, keeping: Keeping | None = None
+    ) -> None:
         with nameless(folder or Path(tempfile.gettempdir()), resource.name) as made:
             super().__init__(made.again()._fd, resource.name)
         self._resource = resource
         self._control = control
+        self._keeping = keeping
+        self._kept: Kept | None = None
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._wanted: set[int] = set()
@@ -97,18 +103,25 @@ class RemoteFile(Arriving):
         folder: Path | None = None,
         expected: int | None = None,
         label: str = "",
+        keeping: Keeping | None = None,
         control: Control = SILENT,
     ) -> RemoteFile:
         """Ask for the first piece, which says what there is. ``expected`` is the size it must have, if known."""
         resource = Resource(url, options or HttpOptions(), label=label)
-        return cls.of(resource, folder=folder, expected=expected, control=control)
+        return cls.of(resource, folder=folder, expected=expected, keeping=keeping, control=control)
 
     @classmethod
     def of(
-        cls, origin: Origin, *, folder: Path | None = None, expected: int | None = None, control: Control = SILENT
+        cls,
+        origin: Origin,
+        *,
+        folder: Path | None = None,
+        expected: int | None = None,
+        keeping: Keeping | None = None,
+        control: Control = SILENT,
     ) -> RemoteFile:
         """The same, from any origin."""
-        file = cls(origin, folder, control)
+        file = cls(origin, folder, control, keeping)
         try:
             file._begin(expected)
         except BaseException:
@@ -154,8 +167,27 @@ class RemoteFile(Arriving):
         if expected is not None and answer.length is not None and size != expected:
             raise SourceError(f"the server has {size} bytes, {expected} were expected", path=self.name)
         self._size, self._fetched = size, 0
+        if answer.partial and self._keeping is not None and self._kept is None:
+            self._resume(self._keeping.open(self.name, answer.version))
         LocalFile.truncate(self, size)
         self._states = bytearray(-(-size // PIECE))
+        for piece in self._kept.pieces if self._kept is not None else ():
+            self._states[piece] = PRESENT
+        self._fetched = self.resumed
+
+    def _resume(self, kept: Kept | None) -> None:
+        """Go on in a file that outlives this run, instead of the nameless one."""
+        if kept is not None:
+            os.dup2(kept.part, self._fd, inheritable=False)
+            self._kept = kept
+
+    @property
+    def resumed(self) -> int:
+        return 0 if self._kept is None else min(len(self._kept.pieces) * PIECE, self._size)
+
+    def forget(self) -> None:
+        if self._kept is not None:
+            self._kept.forget()
 
     def _take(self, answer: First) -> None:
         """The first answer's body: the first piece, or everything."""
@@ -171,6 +203,8 @@ class RemoteFile(Arriving):
             self._states = bytearray((PRESENT,)) * -(-at // PIECE)
         elif at == min(PIECE, self._size) and at:
             self._states[0] = PRESENT
+            if self._kept is not None:
+                self._kept.note(0)
 
     def _store(self, at: int, piece: bytes) -> None:
         with self._changed:  # after close() the descriptor may be another file's
@@ -241,6 +275,8 @@ class RemoteFile(Arriving):
                 for piece in done:
                     self._states[max(piece, first)] = PRESENT
                     self._wanted.discard(piece)
+                    if self._kept is not None:
+                        self._kept.note(max(piece, first))
                 self._changed.notify_all()
 
     # --- waiting -----------------------------------------------------------------------------------------------
@@ -322,4 +358,7 @@ class RemoteFile(Arriving):
         self._resource.close()
         for thread in self._threads:
             thread.join(timeout=1.0)  # one that connects has nothing yet to be woken up from
-        super().close()
+        with self._changed:
+            if self._kept is not None and self._fd >= 0:
+                self._kept.close()
+            super().close()

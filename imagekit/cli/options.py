@@ -111,6 +111,15 @@ def remote(
             "--keyring", metavar="FILE", help="OpenPGP keys, one of which must have signed --checksum's list (gpgv)."
         ),
     ] = None,
+    partial_dir: Annotated[
+        str | None,
+        typer.Option(
+            "--partial-dir",
+            metavar="DIR",
+            envvar="IMAGEKIT_PARTIAL_DIR",
+            help="Keep what came of an interrupted download there, for the next run; needs a checksum.",
+        ),
+    ] = None,
     glance_url: Annotated[
         str | None,
         typer.Option(
@@ -131,6 +140,7 @@ def remote(
         "http_timeout": http_timeout,
         "checksum": checksum,
         "keyring": keyring,
+        "partial_dir": partial_dir,
         "glance_url": glance_url,
         "os_cloud": os_cloud,
     }
