@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import signal
 import subprocess
 import sys
 import time
@@ -96,7 +95,7 @@ def test_killing_a_run_leaves_what_the_next_one_goes_on_with(tmp_path: Path) -> 
             deadline = time.monotonic() + 30
             while not have(kept) and time.monotonic() < deadline:
                 time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
+            process.kill()
         assert not target.exists()
         site.sent = 0
         report = convert(site, kept, target)
