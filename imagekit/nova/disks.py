@@ -110,7 +110,8 @@ def prepare_root(
             label = str(size // GiB) if size and size % GiB == 0 else None
             base = cache.resized(entry, wanted, label=label, user=path, **told)
         arguments: dict[str, Any] = {"target": path, "parent": base.path, "target_format": kind}
-        made = runner.run("create", _plain({**arguments, "size": wanted, "identifier": _id(instance, "root")}))
+        arguments |= {"size": wanted, "identifier": _id(instance, "root")}
+        made = runner.run("create", _plain(arguments), **told)
         return Disk(path, kind, "differencing", int(made["virtual-size"]), base.path, entry)
     arguments = {"source": entry.path, "source_format": kind, "target": path, "target_format": kind}
     made = runner.run("convert", _plain({**arguments, "size": wanted, "identifier": _id(instance, "root")}), **told)

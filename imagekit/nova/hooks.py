@@ -18,6 +18,7 @@ from typing import Any
 
 from imagekit.child import Child
 from imagekit.errors import ImagekitError, UsageError
+from imagekit.nova.vhdutils import VHDUtils
 from imagekit.warm import make_ready
 
 CONVERTED = ("qcow2", "raw", "vmdk", "vdi")
@@ -34,8 +35,9 @@ def enable(
 ) -> None:
     """Make a ``compute_hyperv.nova.driver.HyperVDriver`` take images in ``formats``, as ``target`` disks.
 
-    Call it once, when the driver exists. ``child`` says which Python converts (imagekit.child); ``allow`` are rules
-    of the safety policy that the operator allows. Raises UsageError for an object that is no such driver.
+    Call it once, when the driver exists. ``child`` says which Python converts, here and in the driver's own
+    :class:`VHDUtils` (imagekit.child); ``allow`` are rules of the safety policy that the operator allows. Raises
+    UsageError for an object that is no such driver.
     """
     wanted = tuple(formats)
     if unknown := sorted(set(wanted) - set(CONVERTED)):
@@ -47,8 +49,12 @@ def enable(
     if not caches or not managers or not isinstance(getattr(driver, "capabilities", None), dict):
         raise UsageError("this is not compute-hyperv's driver", hint="give the HyperVDriver object, once it is made")
     make_ready()
+    child = child or Child()
     for cache in caches:
-        cache.fetch = _fetching(cache, wanted, target, child or Child(), tuple(sorted(allow)))
+        cache.fetch = _fetching(cache, wanted, target, child, tuple(sorted(allow)))
+    for utilities in _unique(_parts(driver, "_vhdutils")):
+        if isinstance(utilities, VHDUtils):
+            utilities.run_with(child)
     for kind in {type(manager) for manager in managers}:
         known = kind._TYPE_FOR_DISK_FORMAT
         kind._TYPE_FOR_DISK_FORMAT = {**known, **dict.fromkeys(wanted, known["vhd"])}
@@ -58,7 +64,7 @@ def enable(
 
 def _parts(driver: Any, name: str) -> Iterator[Any]:
     """The driver's objects of that name: its own, and those of its parts."""
-    for owner in (driver, *vars(driver).values()):
+    for owner in (driver, *getattr(driver, "__dict__", {}).values()):
         found = getattr(owner, "__dict__", {}).get(name)
         if found is not None:
             yield found

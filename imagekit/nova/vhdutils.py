@@ -71,6 +71,10 @@ class VHDUtils:
         self._progress = progress
         self._cancel = cancel
 
+    def run_with(self, child: Child) -> None:
+        """Run what takes time with that interpreter; os-win makes these objects without arguments."""
+        self._child = child
+
     # --- what a disk is ----------------------------------------------------------------------------------------
 
     def get_vhd_format(self, vhd_path: str) -> str:
