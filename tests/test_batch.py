@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -211,27 +214,55 @@ def test_ctrl_c_leaves_whole_images_and_resume_makes_the_rest(images: Path, tmp_
     assert targets(out) == targets(reference)
 
 
+def journalled(out: Path) -> dict[str, tuple[str, int]]:
+    """State and attempts of each item."""
+    if not (out / "journal.sqlite").exists():
+        return {}
+    with closing(sqlite3.connect(out / "journal.sqlite")) as book:
+        try:
+            rows = book.execute("SELECT target, state, attempts FROM items").fetchall()
+        except sqlite3.OperationalError:  # killed before there was a table
+            return {}
+    return {target: (state, attempts) for target, state, attempts in rows}
+
+
 @pytest.mark.slow
 def test_killed_at_random_points_and_resumed_the_files_are_those_of_a_quiet_run(images: Path, tmp_path: Path) -> None:
-    reference = tmp_path / "reference"
+    for number in range(3, 24):
+        (images / f"{number}.raw").write_bytes(noise(MiB * (number % 5 + 1), number) + bytes(3 * MiB))
     started = time.monotonic()
-    execute(images, reference)
+    execute(images, tmp_path / "reference", "--jobs", "2")
     whole = time.monotonic() - started
+    reference = targets(tmp_path / "reference")
     chance = random.Random(10)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "imagekit", "batch", str(images), "--out", str(out), "-O", "vhdx", "--resume"]
-    for _ in range(20):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        time.sleep(chance.uniform(0, whole))
+    command = [sys.executable, "-m", "imagekit", "batch", str(images), "--out", str(out), "-O", "vhdx"]
+    kills = [0]
+    before: dict[str, tuple[str, int]] = {}
+    while sum(kills) < 20 or kills[-1]:  # the last series goes to its end
+        process = subprocess.Popen(
+            [*command, "--resume", "--jobs", "2"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(None if sum(kills) >= 20 else chance.uniform(0, whole * 0.7))
         process.kill()
-        process.wait()
-    assert execute(images, out, "--resume").returncode == 3
-    assert targets(out) == targets(reference)
-    left = [one.name for one in out.iterdir() if one.name.endswith(".part")]
-    assert left == []
-    found = json.loads((out / "report.json").read_text())
-    # A kill repeats no more than what was in flight: 20 of them, a window of items each.
-    assert max(item["attempts"] for item in found["items"]) <= 21
+        code = process.wait()
+        found = journalled(out)
+        done = {target: one for target, one in before.items() if one[0] == journal.DONE}
+        assert {target: found.get(target) for target in done} == done, "what was proven done is not done again"
+        at_work = [target for target, (state, _) in found.items() if state == journal.RUNNING]
+        assert len(at_work) <= 3, "a kill repeats two at work, and one handed out"
+        before = found
+        if code == -signal.SIGKILL:
+            kills[-1] += 1
+            continue
+        assert code == 3
+        assert targets(out) == reference
+        assert [one.name for one in out.iterdir() if one.name.endswith(".part")] == []
+        kills.append(0)
+        before = {}
+        shutil.rmtree(out)
+    print(f"kills in each series: {kills[:-1]}")
 
 
 class Reading(HTMLParser):
@@ -325,6 +356,46 @@ def test_an_image_that_cannot_be_measured_has_failed_and_is_not_tried_again(tmp_
     assert (summary.done, summary.failed) == (2, 1)
     # What would be fetched is not fetched twice; it may be large, so it goes first.
     assert asked == [(1, True), (2, True), (3, False), (2, False)]
+
+
+def test_one_heavy_item_does_not_keep_the_others_waiting(tmp_path: Path) -> None:
+    others: list[int] = []
+    all_others = threading.Event()
+
+    def do(task: Any, item: Item) -> dict[str, Any]:
+        if task.get("measure"):
+            return {"ok": True, "needed": 0, "size": 100 if item.number == 5 else 1}
+        if item.number == 5:
+            assert all_others.wait(30), "it is done by one of two, the others by the other one"
+        else:
+            others.append(item.number)
+            if len(others) == 8:
+                all_others.set()
+        return OK
+
+    items = [Item(number, f"{number}.raw", f"{number}.vhdx") for number in range(1, 10)]
+    with journal.opened(tmp_path) as book, ThreadPoolExecutor(2) as pool:
+        book.enter(items)
+        summary = runner.run(book, tmp_path, Workforce(pool, do, 2))
+    assert (summary.done, sorted(others)) == (9, [1, 2, 3, 4, 6, 7, 8, 9])
+
+
+def test_a_second_ctrl_c_ends_it_at_once_and_nothing_half_is_left(images: Path, tmp_path: Path) -> None:
+    (images / "large.raw").write_bytes(noise(MiB) * 300)
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "imagekit", "batch", str(images), "--out", str(out), "-O", "vhdx", "--jobs", "1"],
+        stderr=subprocess.PIPE,
+    )
+    while not any(state == journal.RUNNING for state, _ in journalled(out).values()) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    process.communicate()
+    assert time.monotonic() - began < 10
+    assert process.returncode == 130
+    assert [one.name for one in out.iterdir() if one.suffix in (".vhdx", ".part")] == []
 
 
 def test_the_largest_goes_first(images: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from imagekit.workers import usable_cores
 
 RETRIES = 2
 CONNECT_SECONDS = 20
+AHEAD = 2
+"""Items that a worker has at hand for each that it does: the next is there when one is done."""
 
 
 @contextmanager
@@ -43,7 +45,7 @@ def cluster(address: str, resources: Mapping[str, float] | None = None) -> Itera
         slots = sum(int(one["nthreads"]) for one in workers)
         more = {"resources": dict(resources)} if resources else {}
         pool = client.get_executor(retries=RETRIES, pure=False, **more)
-        yield Workforce(pool, do_there, max(1, slots))
+        yield Workforce(pool, do_there, slots, ahead=AHEAD * slots)
 
 
 def do_there(task: Mapping[str, Any], item: Item) -> dict[str, Any]:

@@ -50,6 +50,9 @@ class Workforce:
     stop: Callable[[], None] = lambda: None
     """Ask those at work to drop what they do."""
 
+    ahead: int = 1
+    """Items handed out beyond those, so that nobody waits for the next one."""
+
 
 class Child:
     """One process that does tasks in turn, for one thread."""

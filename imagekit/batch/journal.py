@@ -22,6 +22,8 @@ from imagekit.locks import held
 
 NAME = "journal.sqlite"
 VERSION = 2
+SYNC_SECONDS = 1.0
+"""Between two commits that wait for the medium: waiting for each would cost more than the rest of the scheduler."""
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 
 _TABLES = """
@@ -56,6 +58,9 @@ class Row:
 
     @property
     def seconds(self) -> float:
+        """Of work, as far as it was counted; without that since it was handed out."""
+        if phases := self.result.get("phases"):
+            return float(sum(phases.values()))
         return 0.0 if self.started is None or self.finished is None else max(0.0, self.finished - self.started)
 
 
@@ -75,7 +80,8 @@ class Journal:
         self.path = folder / NAME
         self._db = sqlite3.connect(self.path, isolation_level=None)
         self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
+        self._on_medium = 0.0
+        self._commit_in_time()
         self._db.executescript(_TABLES)
         self._db.execute("INSERT OR IGNORE INTO meta VALUES ('version', ?)", (str(VERSION),))
         (found,) = self._db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
@@ -113,7 +119,15 @@ class Journal:
             (RUNNING, time.time(), target),
         )
 
+    def _commit_in_time(self) -> None:
+        """What was done in the last second may be lost with the power, and is done again then; nothing else."""
+        late = time.monotonic() - self._on_medium >= SYNC_SECONDS
+        self._db.execute(f"PRAGMA synchronous={'FULL' if late else 'NORMAL'}")
+        if late:
+            self._on_medium = time.monotonic()
+
     def finish(self, target: str, state: str, result: Mapping[str, Any]) -> None:
+        self._commit_in_time()
         self._db.execute(
             "UPDATE items SET state = ?, finished = ?, digest = ?, result = ? WHERE target = ?",
             (state, time.time(), result.get("digest"), _text(result), target),

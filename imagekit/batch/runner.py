@@ -26,8 +26,6 @@ from imagekit.progress import Control, Progress
 from imagekit.publish import check_space
 from imagekit.workers import usable_cores
 
-WINDOW = 3
-"""Items handed out for each that can be worked on at once."""
 LOOK = 0.2
 UNKNOWN = 1 << 62
 """The size of what is elsewhere: it may be large, so it comes first."""
@@ -180,7 +178,7 @@ class _Run:
         asked = False
         try:
             while True:
-                while len(running) < force.width * WINDOW and not self.stop.is_set():
+                while len(running) < force.width + force.ahead and not self.stop.is_set():
                     item = next(items, None)
                     if item is None:
                         break
