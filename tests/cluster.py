@@ -20,6 +20,7 @@ class Cluster:
     """The scheduler's address, and the workers' processes."""
 
     address: str
+    scheduler: subprocess.Popen[bytes]
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def busy_with(self, folder: Path) -> subprocess.Popen[bytes]:
@@ -74,9 +75,8 @@ def cluster(
 
     try:
         there = ["--host", host, "--port", "0", "--no-dashboard", "--scheduler-file", str(about), *options]
-        start([*scheduler, *dask, "scheduler", *there], "scheduler")
-        address = _address(about)
-        made = Cluster(address)
+        made = Cluster("", start([*scheduler, *dask, "scheduler", *there], "scheduler"))
+        made.address = address = _address(about)
         for number, before in enumerate(workers):
             here = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--death-timeout", "60", *options]
             here += ["--local-directory", str(folder / f"worker-{number}"), *offers[number]]

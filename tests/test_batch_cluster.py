@@ -95,6 +95,29 @@ def test_a_worker_killed_in_the_middle_of_an_item_costs_nothing_but_time(images:
     check_same(images, out, subprocess.CompletedProcess([], run.returncode, json.dumps({"done": 4, "failed": 1}), ""))
 
 
+def test_a_scheduler_that_dies_ends_the_run_and_resume_makes_the_rest_here(images: Path, tmp_path: Path) -> None:
+    (images / "large.raw").write_bytes(noise(MiB) * 400)
+    out = tmp_path / "out"
+    out.mkdir()
+    with cluster(tmp_path) as made:
+        run = subprocess.Popen(
+            command(images, out, "--scheduler", made.address),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        made.busy_with(out)
+        made.scheduler.kill()
+        _, errors = run.communicate(timeout=120)
+    assert (run.returncode, "--resume goes on" in errors) == (16, True), errors
+    (images / "large.raw").unlink()
+    done = subprocess.run(command(images, out, "--resume"), capture_output=True, text=True)
+    (out / "large.vhdx").unlink(missing_ok=True)
+    check_same(
+        images, out, subprocess.CompletedProcess([], done.returncode, json.dumps({"done": 4, "failed": 1}), "")
+    )
+
+
 def test_ctrl_c_stops_the_workers_too_and_resume_makes_the_rest_here(images: Path, tmp_path: Path) -> None:
     (images / "large.raw").write_bytes(noise(MiB) * 400)
     out = tmp_path / "out"

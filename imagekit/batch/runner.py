@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from imagekit.batch.journal import DONE, FAILED, Journal, Known
 from imagekit.batch.manifest import Item
 from imagekit.batch.tasks import is_elsewhere, task_of
 from imagekit.digests import file_digest
-from imagekit.errors import Cancelled, TargetError, UsageError
+from imagekit.errors import Cancelled, TargetError, ToolError, UsageError
 from imagekit.progress import Control, Progress
 from imagekit.publish import check_space
 from imagekit.workers import usable_cores
@@ -190,7 +190,7 @@ class _Run:
                         self.listen(Event("started", item, size=(sizes or {}).get(item.target, 0)))
                         task["options"].setdefault("jobs", _threads(force.width, left))
                         left -= 1
-                    running[force.pool.submit(force.perform, task, item)] = item
+                    running[_handed_out(force, task, item)] = item
                 if not running:
                     break
                 ended, _ = wait(running, timeout=LOOK, return_when=FIRST_COMPLETED)
@@ -229,9 +229,18 @@ def _is_measured_later(item: Item) -> bool:
     return is_elsewhere(item.source) or "external-qemu-img" in options.get("allow", ())
 
 
+def _handed_out(force: Workforce, task: Mapping[str, Any], item: Item) -> Future[dict[str, Any]]:
+    try:
+        return force.pool.submit(force.perform, task, item)
+    except Exception as error:  # a scheduler that is gone says so in many ways
+        raise ToolError(f"nobody takes work any more: {error}", hint="--resume goes on") from error
+
+
 def _result(future: Future[dict[str, Any]]) -> dict[str, Any]:
     try:
         return future.result()
+    except CancelledError:  # not by us: those are taken out before
+        raise ToolError("the scheduler is gone, and what it had with it", hint="--resume goes on") from None
     except Exception as error:  # the executor lost it: a worker died too often, a result that cannot travel
         kind = type(error).__name__
         return {"ok": False, "error": {"code": 16, "kind": kind, "message": str(error) or kind, "hint": None}}
