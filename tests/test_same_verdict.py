@@ -6,12 +6,14 @@ And for every length that it can be cut to: what begins like a format is that fo
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
 import lzma
 import os
 import sys
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,6 +30,7 @@ from imagekit.formats import files
 from imagekit.formats.base import KiB, MiB
 from imagekit.formats.files import LocalFile
 from imagekit.sources import Reading, open_source
+from imagekit.stream_file import StreamFile
 from tests.disks import noise
 from tests.fuzz.seeds import seeds
 from tests.web import serve
@@ -58,6 +61,21 @@ def verdict(source: str | Path | LocalFile) -> Verdict:
         return "refused", error.rule or ""
     except ImagekitError as error:
         return "refused", type(error).__name__
+
+
+def piped(data: bytes, step: int = 64 * KiB) -> LocalFile:
+    """The bytes as they come from another program, so many at a time."""
+    reading, writing = os.pipe()
+
+    def write() -> None:
+        with os.fdopen(writing, "wb", buffering=0) as pipe, contextlib.suppress(BrokenPipeError):
+            for at in range(0, len(data), step):
+                pipe.write(data[at : at + step])
+
+    threading.Thread(target=write).start()
+    file = StreamFile(reading)
+    os.close(reading)
+    return file
 
 
 def written(entry: Hostile, folder: Path) -> Path:
@@ -118,6 +136,8 @@ def assert_same_by_every_way(entry: Hostile, folder: Path) -> None:
     packed = folder / f"{path.name}.gz"
     packed.write_bytes(gzip.compress(path.read_bytes(), compresslevel=1))
     assert verdict(packed) == expected, "packed with gzip"
+    if expected[1] != "name-mismatch":  # a pipe promises nothing
+        assert verdict(piped(path.read_bytes())) == expected, "through a pipe"
     for ranges in (True, False):
         with serve(path.read_bytes()) as site:
             site.ranges = ranges
@@ -142,8 +162,17 @@ def test_it_does_not_depend_on_whether_it_is_confined(tmp_path: Path, entry: Hos
     assert became[0] == became[1]
 
 
-def test_what_is_no_file_is_no_image_whatever_comes_out_of_it(tmp_path: Path) -> None:
-    """A pipe cannot be read twice, and what is judged must be what is converted."""
+@given(entry=st.sampled_from(list(BARE.values())), step=st.sampled_from((512, 1000, 4 * KiB, 64 * KiB)))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_it_does_not_depend_on_how_a_pipe_is_filled(tmp_path: Path, entry: Hostile, step: int) -> None:
+    path = written(entry, tmp_path)
+    expected = verdict(path)
+    if expected[1] != "name-mismatch":
+        assert verdict(piped(path.read_bytes(), step)) == expected
+
+
+def test_a_pipe_with_a_name_is_no_image(tmp_path: Path) -> None:
+    """It cannot be read twice, and is nobody's standard input."""
     if not hasattr(os, "mkfifo"):
         pytest.skip("no FIFO")
     os.mkfifo(tmp_path / "disk.qcow2")
