@@ -24,6 +24,7 @@ from imagekit.formats.base import (
     DiskFormat,
     DiskImage,
     Extent,
+    File,
     KiB,
     Layout,
     MiB,
@@ -41,7 +42,7 @@ FIRST_PROBE = 4 * KiB
 PROBE = 128 * KiB
 """Bytes looked at in one go: with the zeros they are compared with, half of a core's own cache."""
 
-ZEROS = bytes(PROBE)
+ZEROS, FIRST_ZEROS = bytes(PROBE), bytes(FIRST_PROBE)
 LOOKS = 64
 """Parts of blocks that are looked at together."""
 
@@ -51,8 +52,11 @@ SIDE_BY_SIDE = 8 * MiB
 CHUNK = 2 * MiB
 """Guest bytes copied by one task."""
 TELL_EVERY = 64 * MiB
-Look: TypeAlias = tuple[int, int, int]
+Part: TypeAlias = tuple[int, int, int]
 """Block, and the part of it (start, end) that is to be looked at."""
+
+Look: TypeAlias = tuple[int, int, int, File | None, int]
+"""The same, and where it lies unencoded: in which file, if in any, and from where."""
 
 VERIFY_LEVELS = ("structure", "content", "qemu-img", "none")
 
@@ -322,8 +326,11 @@ def _blocks_with_data(image: DiskImage, block_size: int, probe: _Probe) -> Itera
             yield first, end
             known = end
             continue
+        file = None if extent.offset is None else extent.file or image.container
+        move = 0 if extent.offset is None else extent.offset - extent.start
         for block in range(max(first, known), end):
-            looks.append((block, max(extent.start, block * block_size), min(extent.end, (block + 1) * block_size)))
+            start, stop = max(extent.start, block * block_size), min(extent.end, (block + 1) * block_size)
+            looks.append((block, start, stop, file, start + move))
             if len(looks) == LOOKS:
                 for found in probe.decided(looks):
                     yield found
@@ -352,13 +359,17 @@ class _Probe:
         """(block, block + 1) of the blocks with data, in order."""
         found: set[int] = set()
         rest = []
-        for block, start, end in looks:
+        for block, start, end, file, place in looks:
             self.at(start)
             if block in found:
                 continue
-            # Nearly all data shows itself at once; zeros have to be read whole.
+            # Nearly all data shows itself at once; zeros have to be read whole. The extent has said where that is:
+            # the image, asked for every block, would look it up again.
             head = min(FIRST_PROBE, end - start)
-            if self._image.pread(start, head) != ZEROS[:head]:
+            data = b"" if file is None else file.pread(place, head)
+            if len(data) < head:
+                data = self._image.pread(start, head)
+            if data != (FIRST_ZEROS if head == FIRST_PROBE else ZEROS[:head]):
                 found.add(block)
             elif start + head < end:
                 rest.append((block, start + head, end))
@@ -370,11 +381,11 @@ class _Probe:
                 look(one)
         yield from ((block, block + 1) for block in sorted(found))
 
-    def _reader(self, found: set[int]) -> Callable[[Look], None]:
+    def _reader(self, found: set[int]) -> Callable[[Part], None]:
         """Adds to ``found`` the blocks that have data; of them a buffer each, used for all looks."""
         buffer = bytearray(PROBE)
 
-        def look(one: Look) -> None:
+        def look(one: Part) -> None:
             block, start, end = one
             for at in range(start, end, PROBE):
                 self._control.check()
