@@ -170,6 +170,12 @@ def test_a_folder_with_a_run_needs_resume_and_a_target_that_changed_is_made_agai
     assert targets(out) == before
 
 
+def test_the_folder_of_the_images_is_no_place_for_targets(images: Path) -> None:
+    refused = execute(images, images)
+    assert (refused.returncode, "folder of the images too" in refused.stderr) == (2, True)
+    assert not (images / "journal.sqlite").exists()
+
+
 def test_what_failed_is_done_again_when_asked_to(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     execute(images, out)

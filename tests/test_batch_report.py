@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +73,21 @@ def written(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[int, Path]:
     return request.param, tmp_path / report.HTML_NAME
 
 
+_INTRUDER = """
+    window.refused = []; window.intruder = document.createElement("img");
+    document.addEventListener("securitypolicyviolation", event => refused.push(event.blockedURI));
+    intruder.src = "http://127.0.0.1:9/x"; document.body.append(intruder);
+"""
+"""A picture that is not in the page, as if a name had not been escaped."""
+
+
+def wait_for_refusal(page: chromium.Page) -> None:
+    deadline = time.monotonic() + 10
+    while page.run("refused") != ["http://127.0.0.1:9/x"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.oracle
 def test_a_browser_shows_it_to_everybody(written: tuple[int, Path]) -> None:
@@ -87,6 +103,9 @@ def test_a_browser_shows_it_to_everybody(written: tuple[int, Path]) -> None:
             assert len(contrasts) > 10 * count
             assert min(contrasts)[0] >= 4.5, min(contrasts)
             shots[scheme] = page.screenshot()
+            assert page.run(_INTRUDER) is None
+            wait_for_refusal(page)
+            page.run("intruder.remove()")
             papers[scheme] = page.run("getComputedStyle(document.body).backgroundColor")
         narrow = chromium.load(browser, path, width=390)
         assert narrow.overflow() <= 0, "on a telephone only the tables scroll"

@@ -33,6 +33,17 @@ MEANINGS = {
     "sync": "wait for the medium",
     "hash": "SHA-256 of the target",
 }
+ADVICE = {
+    10: "see whether the file is there, whole, and used by nobody else",
+    11: "the image itself is wrong: get it again from where it comes from",
+    12: "imagekit info IMAGE shows what it needs",
+    13: "imagekit info IMAGE shows all findings; --allow RULE where its origin is trusted",
+    14: "see to room and permissions, then --retry-failed",
+    15: "get the image again; if that fails too, suspect memory or disk",
+    16: "see what that program or service says, then --retry-failed",
+    70: "please report it",
+}
+"""By exit code, where an error has no hint of its own."""
 MARKS = {DONE: "✓", FAILED: "✗"}
 
 
@@ -42,6 +53,8 @@ def page(title: str, totals: Totals, rows: Sequence[Row], failures: Sequence[Row
     yield '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     yield '<meta name="color-scheme" content="light dark">\n'
+    # Names and messages come from strangers: should one ever get through unescaped, it still loads and runs nothing.
+    yield "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
     yield f"<title>{shown(title)}: {_verdict(totals)}</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n"
     yield f"<header>\n<h1>{shown(title)}</h1>\n"
     kind = "failed" if totals.failed else "done" if totals.done == totals.items else "waiting"
@@ -127,7 +140,7 @@ def _failures(rows: Sequence[Row], failed: int, listed: int) -> Iterator[str]:
         code = f"{error.get('kind', '')}, exit code {error.get('code', '?')}"
         yield f'<tr><td class="number">{link}</td><th scope="row" class="file">{shown(name)}</th>'
         yield f'<td class="why">{shown(_reason(row))}<small>{shown(code)}</small></td>'
-        yield f'<td class="why">{shown(error.get("hint") or "–")}</td></tr>\n'
+        yield f'<td class="why">{shown(error.get("hint") or ADVICE.get(error.get("code", 0), "–"))}</td></tr>\n'
     yield "</tbody>\n</table>\n</div>\n"
     if failed > len(rows):
         yield f'<p class="soft">{failed - len(rows)} more failures are in report.json.</p>\n'
@@ -192,7 +205,7 @@ def _row(row: Row, folder: str, *, drawn: bool) -> Iterator[str]:
         yield f'<td class="number">{size(target["size"])}<small>{shown(kind)}</small></td>'
     else:
         yield '<td class="number">–</td><td class="number">–</td><td class="number">–</td>'
-    yield f'<td class="number">{span(row.seconds) if row.finished is not None else "–"}'
+    yield f'<td class="number">{span(row.seconds) if row.seconds >= 0.001 else "–"}'
     yield phase_bar(row.result.get("phases") or {}, "small") + '</td><td class="maps">'
     maps = row.result.get("maps") or {}
     if row.state == FAILED:

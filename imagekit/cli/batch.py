@@ -86,7 +86,7 @@ def batch(
 
     if (manifest is None) == (from_glance is None):
         raise UsageError("either a MANIFEST or --from-glance is needed", hint="imagekit batch images --out converted")
-    _check(out, scheduler, jobs)
+    _check(manifest, out, scheduler, jobs)
     defaults = {key: value for key, value in {**reading, **made, **remote}.items() if value not in (None, (), False)}
     defaults.pop("identifier", None)
     defaults |= {"verify": verify, "allow": sorted(allow)}
@@ -164,7 +164,9 @@ def _resources(texts: list[str] | None) -> dict[str, float]:
     return found
 
 
-def _check(out: Path, scheduler: str | None, jobs: int | None) -> None:
+def _check(manifest: str | None, out: Path, scheduler: str | None, jobs: int | None) -> None:
+    if manifest is not None and Path(manifest).is_dir() and Path(manifest).resolve() == out.resolve():
+        raise UsageError("is the folder of the images too", path=out, hint="--out another folder")
     if out.exists() and not out.is_dir():
         raise UsageError("is not a folder", path=out)
     if jobs is not None and jobs < 1:

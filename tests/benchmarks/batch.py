@@ -29,10 +29,10 @@ FILLS = (0.9, 0.5, 0.1, 0.02)
 BROKEN = 10
 
 
-def sizes(count: int, largest: int, seed: int) -> list[int]:
+def sizes(count: int, largest: int, skew: float) -> list[int]:
     """From 1 MiB to ``largest`` MiB: many small ones, a few large ones."""
-    chance = random.Random(seed)
-    found = [1, largest, *(round(largest ** chance.random() ** 3) for _ in range(count - 2))]
+    chance = random.Random(count)
+    found = [1, largest, *(round(largest ** chance.random() ** skew) for _ in range(count - 2))]
     return sorted(max(1, one) for one in found)[:count]
 
 
@@ -48,11 +48,11 @@ def make_raw(path: Path, size: int, fill: float, seed: int) -> None:
             file.write(block[turn:] + block[:turn])
 
 
-def make_images(folder: Path, count: int, largest: int) -> None:
+def make_images(folder: Path, count: int, largest: int, skew: float) -> None:
     """All images; the broken ones are among ``count``."""
     folder.mkdir(parents=True)
     raw = folder / ".raw"
-    for number, size in enumerate(sizes(count - BROKEN, largest, count)):
+    for number, size in enumerate(sizes(count - BROKEN, largest, skew)):
         format_, *flags = FORMATS[number % len(FORMATS)].split()
         make_raw(raw, size, FILLS[number % len(FILLS)], number)
         target = folder / f"image-{number:03}.{'vhd' if format_ == 'vpc' else format_}"
@@ -141,14 +141,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--largest", type=int, default=2048, help="MiB")
+    parser.add_argument("--skew", type=float, default=3.0, help="the more, the more small ones")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", help="a side with this in its name")
     parser.add_argument("--keep", type=Path, help="a folder to make all of it in, and leave it")
     asked = parser.parse_args()
     folder = asked.keep or Path(tempfile.mkdtemp(dir=os.environ.get("TMPDIR", "/var/tmp")))
     try:
         images = folder / "images"
         if not images.exists():
-            make_images(images, asked.images, asked.largest)
+            make_images(images, asked.images, asked.largest, asked.skew)
         subprocess.run(f"cat {images}/* > /dev/null", shell=True, check=True)
         ours = [str(Path(sys.executable).with_name("imagekit")), "batch", str(images), "-O", "vhdx"]
         ours += ["--jobs", str(asked.jobs), "--output", "json", "--progress", "none", "--out", str(folder / "ours")]
@@ -160,6 +162,8 @@ def main() -> None:
         total = sum(one.stat().st_size for one in images.iterdir())
         print(f"{len(list(images.iterdir()))} images, {total / MIB:.0f} MiB in files")
         for name, command in commands.items():
+            if asked.only and asked.only not in name:
+                continue
             done = run(command)
             print(
                 f"{name:<32} {done.seconds:7.1f} s  {total / MIB / done.seconds:6.0f} MiB/s  CPU {done.cpu:6.1f} s  "
