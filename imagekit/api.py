@@ -97,11 +97,25 @@ def info(
         )
 
 
-def readiness(image: PathLike, *, format: str | None = None, **options: Any) -> Readiness:
-    """Whether a guest is ready for Hyper-V, as far as looking at its disk tells; ``options`` as for open_image."""
+def readiness(
+    image: PathLike, *, format: str | None = None, confined: bool | None = None, **options: Any
+) -> Readiness:
+    """Whether a guest is ready for Hyper-V, as far as looking at its disk tells; ``options`` as for open_image.
+
+    ``confined`` as in :func:`info`.
+    """
+    from imagekit.looking import as_seen
     from imagekit.readiness import check_readiness
 
-    with open_source(image, _reading(format, options)) as source, located(source.file):
+    asked = replace(reading_options(format, options), confined=confined)
+    if asked.is_confined(elsewhere=is_elsewhere(image)):
+        from imagekit import confined as confinement
+
+        if confinement.POSSIBLE:
+            with at_hand(image, asked) as here, here.blamed():
+                asked = replace(asked, stated_format=here.format or asked.stated_format)
+                return confinement.look(here.file, asked, as_seen).readiness
+    with open_source(image, reading(asked)) as source, located(source.file):
         return check_readiness(source.image)
 
 
@@ -396,6 +410,7 @@ def check_config_drive(
 
 _CONVERSION = (
     *("source_format", "size", "block_size", "subformat", "verify", "sync", "jobs", "timestamp", "fix_gpt"),
+    "confined",
     *READING_OPTIONS,
 )
 

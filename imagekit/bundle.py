@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,20 +18,22 @@ from imagekit.cloudinit.lint import MachineLike, enforce, judge
 from imagekit.cloudinit.passwords import encrypt_password
 from imagekit.cloudinit.render import Rendering
 from imagekit.cloudinit.tree import Datasource, MetadataTree
-from imagekit.conversion import convert_image, reading
+from imagekit.conversion import at_hand, convert_image, reading
 from imagekit.digests import file_digest
 from imagekit.errors import TargetError, UnsupportedFeature, UsageError
-from imagekit.firmware import Choice, choose, find_loader
+from imagekit.firmware import Choice, choose
 from imagekit.formats.base import GiB
 from imagekit.guest import Guest
+from imagekit.looking import Seen, as_seen, look
 from imagekit.machine import FILE_NAME, Machine
 from imagekit.media import Packing, pack
 from imagekit.plan import ConvertOptions
 from imagekit.progress import SILENT, Control
 from imagekit.publish import check_target, write_file
-from imagekit.readiness import Readiness, check_readiness
+from imagekit.readiness import Readiness
+from imagekit.remote import Opened, is_elsewhere
 from imagekit.report import SCHEMA, Report
-from imagekit.sources import located, open_source
+from imagekit.sources import Source, located, open_source
 
 SECRET_MODE = 0o600
 """Config drives hold keys and passwords."""
@@ -197,14 +199,11 @@ def prepare_bundle(
         if _make_folder(folder):
             undo.callback(_remove_folder, folder)
         check_target(description, overwrite=False)
-        with open_source(image, reading(options, scratch=folder, deep=True, later=True), control=control) as source:
-            with located(source.file):
-                loader = find_loader(source.image)
-                readiness = check_readiness(source.image)
+        with _looked_into(image, options, folder, control) as (source, seen):
             if strict:
-                _need_ready(readiness)
+                _need_ready(seen.readiness)
             wanted = guest.spec.machine
-            choice = choose(wanted.generation, wanted.secure_boot, loader)
+            choice = choose(wanted.generation, wanted.secure_boot, seen.loader)
             disk_format = DISK_FORMATS[choice.generation]
             packing = _for_generation(packing, choice.generation)
             disk = check_target(folder / f"{name}.{disk_format}", overwrite=False)
@@ -212,6 +211,8 @@ def prepare_bundle(
                 None if packing is None else check_target(folder / f"{name}-config{packing.suffix}", overwrite=False)
             )
             conversion = replace(options, target_format=disk_format, identifier=guest.disk_identifier())
+            if isinstance(source, Opened):
+                conversion = replace(conversion, confined=True)
             report = convert_image(source, disk, conversion, control=control)
         # A file is only ever removed after this run made it.
         undo.callback(disk.unlink)
@@ -223,9 +224,28 @@ def prepare_bundle(
         control.check()
         write_file(description, machine.dumps(), sync=options.sync)
         undo.pop_all()
-    missing = tuple(f"not ready for Hyper-V: {one.name}: {one.detail}" for one in readiness.failed)
+    missing = tuple(f"not ready for Hyper-V: {one.name}: {one.detail}" for one in seen.readiness.failed)
     spoken = (*(metadata.warnings if metadata else ()), *_warnings(report, options))
-    return Bundle(folder, machine, report, choice, (*choice.warnings, *missing, *spoken), readiness=readiness)
+    return Bundle(folder, machine, report, choice, (*choice.warnings, *missing, *spoken), readiness=seen.readiness)
+
+
+@contextmanager
+def _looked_into(
+    image: str | os.PathLike[str], options: ConvertOptions, folder: Path, control: Control
+) -> Iterator[tuple[Source | Opened, Seen]]:
+    """The image, and what a look at its disk tells; in a confined process where the conversion is to be in one."""
+    if options.is_confined(elsewhere=is_elsewhere(image)):
+        from imagekit import confined
+
+        if confined.POSSIBLE:
+            with at_hand(image, options, scratch=folder, control=control) as here, here.blamed():
+                asked = replace(options, stated_format=here.format or options.stated_format)
+                yield here, confined.look(here.file, asked, as_seen, control=control)
+            return
+    with open_source(image, reading(options, scratch=folder, deep=True, later=True), control=control) as source:
+        with located(source.file):
+            seen = look(source.image)
+        yield source, seen
 
 
 def _need_ready(readiness: Readiness) -> None:

@@ -158,6 +158,22 @@ def inspect(
         return host.understand(as_inspected, said)
 
 
+def look(
+    source: str | os.PathLike[str] | LocalFile,
+    options: ConvertOptions,
+    as_seen: Callable[[Any], Result],
+    *,
+    control: Control = SILENT,
+) -> Result:
+    """A look at the guest's files (imagekit.looking) in a confined process."""
+    _check_options(options)
+    with ExitStack() as stack:
+        file = _opened(source, stack)
+        host = _Host(options, control.within(options.limits.seconds), [file], None, stack)
+        said, _ = host.run(Job("look", options, (file.name,)))
+        return host.understand(as_seen, said)
+
+
 def _opened(source: str | os.PathLike[str] | LocalFile, stack: ExitStack) -> LocalFile:
     """The source; one that still comes is not waited for, and stays the caller's."""
     if isinstance(source, RemoteFile):

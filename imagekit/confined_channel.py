@@ -36,7 +36,7 @@ MOST_FILES = 4
 class Job:
     """What a confined process is to do, with the files that come along: the source, and the target's parent."""
 
-    do: Literal["convert", "info"]
+    do: Literal["convert", "info", "look"]
     options: ConvertOptions
     names: tuple[str, ...]
     """Of the files, as the caller knows them."""

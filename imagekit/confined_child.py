@@ -45,9 +45,10 @@ from imagekit.formats import registry
 from imagekit.formats.base import JSON, Reference
 from imagekit.formats.files import LocalFile
 from imagekit.limits import over_limit
+from imagekit.looking import look, seen_message
 from imagekit.progress import Control, Progress
 from imagekit.references import Following
-from imagekit.sources import Opener, open_source
+from imagekit.sources import Opener, located, open_source
 from imagekit.workers import keep_freed_memory
 
 STACK = 1 << 20
@@ -258,4 +259,10 @@ def _info(asking: _Asking, job: Job, files: list[LocalFile]) -> dict[str, JSON]:
         }
 
 
-_JOBS = {"convert": _convert, "info": _info}
+def _look(asking: _Asking, job: Job, files: list[LocalFile]) -> dict[str, JSON]:
+    asked = replace(conversion.reading(job.options, deep=True), opener=asking)
+    with open_source(files[0], asked, control=Control(asking.tell)) as source, located(source.file):
+        return seen_message(look(source.image))
+
+
+_JOBS = {"convert": _convert, "info": _info, "look": _look}

@@ -32,7 +32,7 @@ from imagekit.verify import verify_content, verify_structure
 DEFAULTS = ConvertOptions()
 NOT_CONFINED = "not confined: that needs Linux; the image was read in this process"
 Maps: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
-AnySource: TypeAlias = "str | os.PathLike[str] | Source | LocalFile"
+AnySource: TypeAlias = "str | os.PathLike[str] | Source | LocalFile | remote.Opened"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def convert_image(
     control = control.within(options.limits.seconds)
     chosen = target_format(target, options)
     file = source.original if isinstance(source, Source) else source
-    name = file.name if isinstance(file, LocalFile) else os.fspath(file)
+    name = os.fspath(file) if isinstance(file, (str, os.PathLike)) else file.name
     target_path = check_target(target, overwrite=options.overwrite, source=name)
     wanted = options.is_confined(elsewhere=remote.is_elsewhere(file))
     if wanted:
@@ -130,7 +130,8 @@ def planned(
         else:
             scratch = None if target is None else target.parent
             asked = replace(reading(options, scratch=scratch, deep=True, later=True), opener=opener)
-            file = source.again() if type(source) is LocalFile else source
+            file = source.file if isinstance(source, remote.Opened) else source
+            file = file.again() if type(file) is LocalFile else file
             opened = stack.enter_context(open_source(file, asked, control=control))
         if opened.opened is not None:
             stack.enter_context(opened.opened.blamed())
@@ -165,7 +166,7 @@ def planned(
 
 @contextmanager
 def at_hand(
-    source: str | os.PathLike[str] | LocalFile,
+    source: str | os.PathLike[str] | LocalFile | remote.Opened,
     options: ConvertOptions,
     *,
     scratch: Path | None = None,
@@ -177,6 +178,9 @@ def at_hand(
     """
     if isinstance(source, LocalFile):
         yield remote.Opened(source, (), source.identity)
+        return
+    if isinstance(source, remote.Opened):
+        yield source  # whose owner closes it
         return
     access, following = reading(options).access, options.follow_references
     opened = remote.open_named(source, access, folder=scratch, following=following, later=True, control=control)

@@ -129,6 +129,10 @@ class Opened:
     proof: Proof | None = None
     """A checksum that is still computed; nothing may come of the file before it is settled."""
 
+    @property
+    def name(self) -> str:
+        return self.file.name
+
     def settle(self) -> None:
         """Wait for the proof, look whether the file is still the one that was opened; or the error."""
         if self.proof is not None:

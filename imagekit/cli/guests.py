@@ -12,6 +12,7 @@ from imagekit import api
 from imagekit.cli.drives import show_check
 from imagekit.cli.hyperv import connection_options, describe_plan, events, finish, place_options
 from imagekit.cli.options import (
+    Confined,
     Format,
     Image,
     Jobs,
@@ -269,6 +270,7 @@ def prepare(
         bool,
         typer.Option("--ignore-properties", help="Of an image in Glance: take nothing from its properties."),
     ] = False,
+    confined: Confined = None,
     format: Format = None,
     no_sync: NoSync = False,
     jobs: Jobs = None,
@@ -296,6 +298,7 @@ def prepare(
         size=size,
         fix_gpt=fix_gpt,
         source_format=format,
+        confined=confined,
         sync=not no_sync,
         jobs=jobs,
         allow=allow,

@@ -34,6 +34,7 @@ from imagekit.errors import CorruptImage, UsageError
 from imagekit.formats.base import SECTOR, DiskImage, Extent
 from imagekit.limits import Limits
 from imagekit.profiles import PROFILES
+from imagekit.remote import STDIN
 from imagekit.report import Report
 from imagekit.workers import keep_freed_memory
 
@@ -61,13 +62,15 @@ def info(
     for the files that the image names, and judges them. With --hyperv reads the guest's boot loaders, kernel modules,
     cloud-init and fstab, without mounting anything; what it cannot read it calls unknown.
     """
-    if hyperv and confined:
-        raise UsageError("--hyperv reads the guest's files in this process", hint="leave out --confined")
+    if hyperv and image == STDIN:
+        raise UsageError("--hyperv reads the image twice, which standard input cannot be", hint="give a file")
     found = api.info(image, format=format, limits=limits, deep=deep, confined=confined, **reading, **remote)
     if confined and not found.confinement:
         ui.warn(NOT_CONFINED)
     document: dict[str, object] = dict(found.to_json())
-    ready = api.readiness(image, format=format, limits=limits, **reading, **remote) if hyperv else None
+    ready = None
+    if hyperv:
+        ready = api.readiness(image, format=format, limits=limits, confined=confined, **reading, **remote)
     if ready is not None:
         document["hyperv"] = ready.to_json()
 
