@@ -37,6 +37,9 @@ class FakeService:
     algorithm: str = "sha512"
     requests: list[str] = field(default_factory=list)
     tokens: list[str | None] = field(default_factory=list)
+    deleted: threading.Event | None = None
+    """Set when an image is deleted."""
+
     reads: int | None = None
     """Bytes of an upload that are read before it hangs up."""
 
@@ -129,6 +132,9 @@ def fake_service() -> Iterator[FakeService]:
                 self.connection.shutdown(2)
                 return
             data = service.stores(self._body())
+            if parts[0] not in service.images:
+                self._answer(404, raw=b"<html><body>deleted meanwhile</body></html>")
+                return
             service.data[parts[0]] = data
             service.images[parts[0]] |= service._stored(data)
             self._answer(204)
@@ -142,6 +148,8 @@ def fake_service() -> Iterator[FakeService]:
         def _delete(self, parts: list[str]) -> None:
             service.images.pop(parts[0])
             service.data.pop(parts[0], None)
+            if service.deleted is not None:
+                service.deleted.set()
             self._answer(204)
 
         def log_message(self, format: str, *args: object) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -313,3 +315,21 @@ def test_exit_codes_of_the_command_line(
     service.faults = {("PUT", "/file"): 415}
     assert run(["upload", str(vhdx), "glance:b", *at]) == 16
     assert len(service.images) == 1
+
+
+def test_a_signal_while_it_is_sent_leaves_no_image(service: FakeService, vhdx: Path) -> None:
+    """It comes when all bytes are there and Glance has not answered yet."""
+    deleted = threading.Event()
+
+    def stores(data: bytes) -> bytes:
+        process.terminate()
+        deleted.wait(30)
+        return data
+
+    service.stores, service.deleted = stores, deleted
+    command = [sys.executable, "-m", "imagekit", "upload", str(vhdx), NAME, "--glance-url", service.address]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert deleted.is_set()
+    assert service.images == {}
