@@ -7,7 +7,6 @@ the download alone (curl) and the conversion of the local file: done at once the
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -63,8 +62,7 @@ def _contenders(case: Case, source: Path, url: str, folder: Path) -> list[Conten
     convert = (imagekit, "convert", "-q", "--no-sync")
     options: tuple[str, ...] = ()
     if CHECKED in case.options:
-        with source.open("rb") as file:
-            options = (CHECKED, "sha256:" + hashlib.file_digest(file, "sha256").hexdigest())
+        options = (CHECKED, "sha256:" + _digest(source))
     kind, *stated = QEMU_FORMATS[case.target].split(",")
     told = (kind, "-o", ",".join(stated), str(fetched), str(theirs))
     script = 'curl -sf "$0" -o "$4" && qemu-img convert -m 16 -W -O "$@" && rm "$4"'
@@ -74,6 +72,11 @@ def _contenders(case: Case, source: Path, url: str, folder: Path) -> list[Conten
         Contender(CONVERT, (*convert, *options, str(source), str(ours)), ours),
         Contender(IN_TURN, ("sh", "-c", script, url, *told), theirs),
     ]
+
+
+def _digest(path: Path) -> str:
+    done = subprocess.run(["sha256sum", str(path)], stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.split()[0].removeprefix("\\")
 
 
 # --- the server ------------------------------------------------------------------------------------------------
