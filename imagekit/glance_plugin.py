@@ -38,6 +38,8 @@ from imagekit.limits import Limits
 
 GROUP = "imagekit_conversion"
 SCHEME = "file://"
+FETCHING = ("web-download", "glance-download")
+"""Import methods whose own task puts the image back to ``queued``; a second time would be an error of Glance's."""
 GRACE = 60.0
 """Seconds a child has beyond its limit."""
 LOG = log.getLogger(__name__)
@@ -78,8 +80,9 @@ class ConvertImage(task.Task):  # type: ignore[misc]
 
     default_provides = "file_path"
 
-    def __init__(self, task_id: str, task_type: str, action_wrapper: Any, stores: list[str]) -> None:
+    def __init__(self, task_id: str, task_type: str, action_wrapper: Any, stores: list[str], method: str) -> None:
         self.action_wrapper = action_wrapper
+        self.method = method
         self.stores = stores
         self.made: list[Path] = []
         """What is to be removed when the import fails, here or later."""
@@ -152,6 +155,8 @@ class ConvertImage(task.Task):  # type: ignore[misc]
         """Undo what this task did, whether it failed itself or one after it."""
         for path in self.made:
             path.unlink(missing_ok=True)
+        if self.method in FETCHING:
+            return
         with suppress(Exception), self.action_wrapper as action:  # the image may be gone meanwhile
             action.set_image_attribute(status="queued")
             if self.stores:
@@ -166,5 +171,6 @@ def get_flow(**arguments: Any) -> Any:
         arguments["task_type"],
         arguments["action_wrapper"],
         [store for store in arguments.get("backend") or [] if store],
+        str(arguments["import_req"]["method"]["name"]),
     )
     return linear_flow.Flow(arguments["task_type"]).add(made)
