@@ -57,7 +57,6 @@ STACK = 1 << 20
 MODULES = (
     "numpy",
     "numpy.ma",
-    "deflate",
     "imagekit.gpt",
     "imagekit.patched",
     "imagekit.wrappers",
@@ -137,8 +136,9 @@ def _load() -> None:
     for module in pkgutil.iter_modules(imagekit.formats.__path__):
         importlib.import_module(f"imagekit.formats.{module.name}")
     registry.formats()
-    from imagekit.formats.decoders import zstd_module
+    from imagekit.formats.decoders import raw_inflater, zstd_module
 
+    raw_inflater()
     zstd_module()
     for codec in CODECS:
         "".encode(codec)

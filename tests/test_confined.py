@@ -439,6 +439,23 @@ def test_the_signals_of_a_terminal_do_not_reach_it() -> None:
         assert os.getpgid(process.pid) != os.getpgid(0)
 
 
+@pytest.mark.parametrize("missing", [["deflate"], ["deflate", "isal"]], ids=["isal", "zlib"])
+def test_a_library_that_is_missing_has_its_stand_in_confined_too(
+    missing: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process finds modules where this one does, so it does not find them."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    for name in missing:
+        (hidden / f"{name}.py").write_text("raise ImportError('not installed')")
+    monkeypatch.syspath_prepend(str(hidden))
+    recipe = qcow2_images.Recipe(size=MiB, clusters={0: qcow2_images.Compressed(text(64 * KiB))})
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(qcow2_images.make(recipe).data)
+    imagekit.convert(path, tmp_path / "out.raw", confined=True, sync=False)
+    assert (tmp_path / "out.raw").read_bytes()[: 64 * KiB] == text(64 * KiB)
+
+
 def test_corruption_found_while_copying_is_the_same_error(tmp_path: Path, no_leftovers: Path) -> None:
     recipe = qcow2_images.Recipe(size=MiB, clusters={0: qcow2_images.Compressed(text(64 * KiB))})
     made = qcow2_images.make(recipe)
