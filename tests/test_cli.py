@@ -13,7 +13,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from imagekit.cli import planned
 from imagekit.cli.sizes import parse_size, short_size, show_size
 from imagekit.errors import UsageError
 from imagekit.formats import registry
@@ -294,19 +293,6 @@ def test_completion_offers_commands_and_options(tmp_path: Path) -> None:
     for shell in ("bash", "zsh", "fish", "powershell"):
         assert "_IMAGEKIT_COMPLETE" in imagekit("completion", shell, cwd=tmp_path).stdout
     assert imagekit("completion", "sh", cwd=tmp_path).returncode == 2
-
-
-def test_what_is_planned_is_not_there_yet() -> None:
-    """Otherwise the table would hide a working option behind exit 12."""
-    import typer
-
-    from imagekit.cli.app import application
-
-    commands = typer.main.get_command(application()).commands  # type: ignore[attr-defined]
-    assert not planned.COMMANDS & set(commands)
-    for name, options in planned.OPTIONS.items():
-        there = {option for parameter in commands[name].params for option in parameter.opts}
-        assert not options & there
 
 
 def test_the_table_of_commands_is_what_the_modules_register() -> None:

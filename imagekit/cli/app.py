@@ -13,9 +13,8 @@ from typing import Any
 import typer
 
 import imagekit
-from imagekit.cli import planned
 from imagekit.cli.ui import show_error
-from imagekit.errors import EXIT_CODES, ImagekitError, UnsupportedFeature, UsageError
+from imagekit.errors import EXIT_CODES, ImagekitError, UsageError
 
 INTERRUPTED, TERMINATED, INTERNAL = 130, 143, 70
 COMPLETE_VARIABLE = "_IMAGEKIT_COMPLETE"
@@ -155,14 +154,9 @@ def _wants_json(arguments: list[str]) -> bool:
     return any(f"--{name}{sign}json" in joined for name in ("output", "progress") for sign in " =")
 
 
-def _explain(error: Any, arguments: list[str]) -> ImagekitError:
-    """A parser's error in our words; what is planned but not there yet is not a usage error."""
-    option = getattr(error, "option_name", None)
+def _explain(error: Any, arguments: list[str]) -> UsageError:
+    """A parser's error in our words."""
     command = next((word for word in arguments if not word.startswith("-")), "")
-    if option in planned.OPTIONS.get(command, ()):
-        return UnsupportedFeature(f"{command} {option} is not supported yet", hint="see the CHANGELOG for what is")
-    if command in planned.COMMANDS:
-        return UnsupportedFeature(f"the command {command} is not supported yet", hint="see the CHANGELOG for what is")
     commands: Any = typer.main.get_command(application())
     hint = f"imagekit {command} --help" if command in commands.commands else "imagekit --help"
     return UsageError(error.format_message(), hint=f"see {hint}")
