@@ -97,9 +97,9 @@ def main() -> int:
     say("started")
     many = MANY in sys.argv[1:]
     if many:
-        from imagekit import confined, confined_start
+        from imagekit import confined_start
 
-        confined.prepare_for_many()
+        confined_start.prepare()
     code = 0
     while not cancel.is_set() and (line := sys.stdin.readline()):
         code = _answer(json.loads(line), say, cancel)

@@ -31,7 +31,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from imagekit import confined_start
 from imagekit.arriving import Arriving
 from imagekit.confined_channel import (
     Channel,
@@ -49,7 +48,7 @@ from imagekit.confined_channel import (
     understood,
 )
 from imagekit.confined_files import Server
-from imagekit.confined_start import Started, started
+from imagekit.confined_start import Started, place, started
 from imagekit.errors import ImagekitError, TargetError, ToolError, UnsafeImage, UnsupportedFeature
 from imagekit.formats import registry
 from imagekit.formats.base import GiB, ImageInfo, MiB
@@ -221,7 +220,7 @@ def _crashed(what: str) -> UnsafeImage:
 def _settings(options: ConvertOptions, jobs: int) -> dict[str, Any]:
     limits = options.limits
     return {
-        **_place(),
+        **place(),
         "memory": limits.metadata_memory + jobs * BUFFERS_OF_A_THREAD + SPARE_MEMORY,
         "limits": {
             "RLIMIT_CPU": limits.seconds * min(jobs, usable_cores()) + 1,
@@ -230,15 +229,6 @@ def _settings(options: ConvertOptions, jobs: int) -> dict[str, Any]:
             "RLIMIT_CORE": 0,
         },
     }
-
-
-def _place() -> dict[str, Any]:
-    return {"path": [str(Path(__file__).parent.parent), *sys.path], "parent": os.getpid()}
-
-
-def prepare_for_many() -> None:
-    """Make confined processes cheap to start (imagekit.confined_start), in a process that starts many."""
-    confined_start.prepare_for_many(_place())
 
 
 @dataclass

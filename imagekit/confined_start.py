@@ -1,9 +1,12 @@
 """How a confined process comes to be: a fresh interpreter, or, for many in a row, a fork of one that has loaded all.
 
-A process that confines image after image (imagekit.child_main) calls :func:`prepare_for_many`. Then an interpreter
-is started once, loads what a job may need and does nothing else: it never sees an image, a job or a secret. Each
-confined process is forked from it, in a hundredth of the time, and takes its rights away like a fresh one. What they
-share is the layout of their memory.
+A process that confines image after image (imagekit.child_main), or that will confine one and has other things to do
+first (the command line, which loads itself meanwhile), calls :func:`prepare`. Then an interpreter is started, loads
+what a job may need and does nothing else: it never sees an image, a job or a secret. Each confined process is forked
+from it, in a hundredth of the time, and takes its rights away like a fresh one. What they share is the layout of
+their memory.
+
+Nothing heavy is imported here: what is started early should not wait for us.
 
 Not here: what is taken away (imagekit.confined_child), what is said to it (imagekit.confined).
 """
@@ -18,10 +21,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, Protocol
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from imagekit.confined_channel import Channel, ChannelClosed
 from imagekit.errors import ToolError
+
+if TYPE_CHECKING:
+    from imagekit.confined_channel import Channel
 
 BOOT = "import json, sys; s = json.loads(sys.argv[1]); sys.path[:] = s['path']; "
 BOOT += "from imagekit import confined_child; getattr(confined_child, s['do'])(s)"
@@ -91,18 +97,20 @@ def _environment() -> dict[str, str]:
 class _Nursery:
     """The interpreter that others are forked from."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        ours, theirs = socket.socketpair()
+        self._socket, theirs = socket.socketpair()
         with theirs:
-            self._process = start_interpreter({**settings, "do": "nursery", "socket": theirs.fileno()}, theirs)
-        self._socket, self._channel = ours, Channel(ours)
+            self._process = start_interpreter({**place(), "do": "nursery", "socket": theirs.fileno()}, theirs)
         self.parent = os.getpid()
 
     def ask(self, question: dict[str, Any], files: tuple[int, ...] = ()) -> dict[str, Any]:
+        from imagekit.confined_channel import Channel
+
+        channel = Channel(self._socket)
         with self._lock:
-            self._channel.send(json.dumps(question).encode(), files)
-            answer: dict[str, Any] = json.loads(self._channel.receive()[0])
+            channel.send(json.dumps(question).encode(), files)
+            answer: dict[str, Any] = json.loads(channel.receive()[0])
             return answer
 
     def close(self) -> None:
@@ -151,10 +159,15 @@ _nurseries: list[_Nursery] = []
 """At most one, of this process."""
 
 
-def prepare_for_many(settings: dict[str, Any]) -> None:
+def place() -> dict[str, Any]:
+    """Where its modules are, and whose end is its end."""
+    return {"path": [str(Path(__file__).parent.parent), *sys.path], "parent": os.getpid()}
+
+
+def prepare() -> None:
     """From now on this process forks its confined processes. For a process of our own, before it has threads."""
     if not _nurseries and sys.platform == "linux":
-        _nurseries.append(_Nursery(settings))
+        _nurseries.append(_Nursery())
 
 
 def end() -> None:
@@ -164,6 +177,8 @@ def end() -> None:
 
 
 def _start(settings: dict[str, Any], theirs: socket.socket) -> Started:
+    from imagekit.confined_channel import ChannelClosed
+
     for nursery in list(_nurseries):
         try:
             if nursery.parent == os.getpid():
@@ -177,6 +192,8 @@ def _start(settings: dict[str, Any], theirs: socket.socket) -> Started:
 @contextmanager
 def started(settings: dict[str, Any]) -> Iterator[tuple[Started, Channel]]:
     """The process and the way to talk to it; it is gone when the block is left."""
+    from imagekit.confined_channel import Channel
+
     ours, theirs = socket.socketpair()
     with ours, theirs:
         process = _start(settings, theirs)

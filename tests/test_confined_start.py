@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from pathlib import Path
 import pytest
 
 import imagekit
-from imagekit import confined, confined_start
+from imagekit import cli, confined, confined_start
 from imagekit.digests import file_digest
 from imagekit.errors import Cancelled, UnsafeImage
 from imagekit.plan import ConvertOptions
 from tests.disks import IDENTIFIER, noise
+from tests.oracles import need_tool
 
 MiB = 1 << 20
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Landlock and seccomp are Linux's")
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Landlock and se
 
 @pytest.fixture
 def nursery() -> Iterator[confined_start._Nursery]:
-    confined.prepare_for_many()
+    confined_start.prepare()
     (made,) = confined_start._nurseries
     yield made
     while confined_start._nurseries:
@@ -40,7 +42,7 @@ def test_it_makes_the_same_file_as_a_fresh_one(tmp_path: Path) -> None:
     (tmp_path / "disk.raw").write_bytes(noise(MiB))
     for name in ("fresh", "forked", "again"):
         if name == "forked":
-            confined.prepare_for_many()
+            confined_start.prepare()
         report = imagekit.convert(
             tmp_path / "disk.raw", tmp_path / f"{name}.vhdx", identifier=IDENTIFIER, confined=True, verify="content"
         )
@@ -95,7 +97,7 @@ def test_all_of_it_ends_with_who_started_it() -> None:
         "import time\n"
         "from imagekit import confined, confined_start\n"
         "from imagekit.plan import ConvertOptions\n"
-        "confined.prepare_for_many()\n"
+        "confined_start.prepare()\n"
         "with confined_start.started(confined._settings(ConvertOptions(), 1)) as (process, channel):\n"
         "    assert channel.hear(60)\n"
         "    print(process.pid, confined_start._nurseries[0]._process.pid, flush=True)\n"
@@ -120,3 +122,44 @@ def is_at_work(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.parametrize(
+    ("line", "asked", "expected"),
+    [
+        ("info a.vhd --confined", "", True),
+        ("convert a.vhd b.vhd", "1", True),
+        ("info https://images.example/a.qcow2", "", True),
+        ("prepare glance:debian --out web1", "", True),
+        ("info https://images.example/a.qcow2 --no-confined", "", False),
+        ("info a.vhd", "", False),
+        ("info a.vhd", "0", False),
+        ("map a.vhd --confined", "1", False),
+        ("", "1", False),
+    ],
+)
+def test_the_command_line_starts_it_early_where_it_will_be_needed(
+    line: str, asked: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMAGEKIT_CONFINED", asked)
+    assert cli._will_confine(line.split()) is expected
+
+
+@pytest.mark.oracle
+def test_what_the_command_line_started_early_ends_with_it(tmp_path: Path) -> None:
+    """Three processes: its own, the one that loaded everything, and the confined one."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(MiB))
+    command = [sys.executable, "-m", "imagekit", "info", str(path), "--confined", "--output", "json"]
+    trace = tmp_path / "trace"
+    done = subprocess.run(
+        [need_tool("strace"), "-f", "-e", "trace=fork,vfork,clone,clone3", "-o", str(trace), *command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "seccomp" in json.loads(done.stdout)["confinement"]
+    ended = [one.split()[0] for one in trace.read_text().splitlines() if "+++" in one]
+    assert len(set(ended)) >= 3
+    assert all(not Path("/proc", number).exists() for number in ended)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
@@ -14,6 +15,25 @@ def main() -> NoReturn:
 
         print(f"imagekit {imagekit.__version__}")
         raise SystemExit(0)
-    from imagekit.cli.app import run
+    arguments = sys.argv[1:]
+    if not _will_confine(arguments):
+        from imagekit.cli.app import run
 
-    raise SystemExit(run(sys.argv[1:]))
+        raise SystemExit(run(arguments))
+    from imagekit import confined_start
+
+    confined_start.prepare()  # it loads while we do
+    try:
+        from imagekit.cli.app import run
+
+        raise SystemExit(run(arguments))
+    finally:
+        confined_start.end()
+
+
+def _will_confine(arguments: list[str]) -> bool:
+    """A guess before anything is parsed: a wrong one costs a process, or the time it would have saved."""
+    if arguments[:1] not in (["info"], ["convert"], ["prepare"]) or "--no-confined" in arguments:
+        return False
+    asked = os.environ.get("IMAGEKIT_CONFINED", "").lower() in ("1", "true", "t", "yes", "y", "on")
+    return asked or any(one == "--confined" or "://" in one or one.startswith("glance:") for one in arguments)
