@@ -256,9 +256,12 @@ def compare(
     return Comparison(True, None, f"the content is the same{tail}")
 
 
-def check(image: PathLike, *, format: str | None = None, repair: bool = False) -> CheckResult:
-    """Check an image's structure; with ``repair`` mend what can be mended with certainty and check again."""
-    with open_source(image, Reading(format, allow=None)) as source:
+def check(image: PathLike, *, format: str | None = None, repair: bool = False, **options: Any) -> CheckResult:
+    """Check an image's structure; with ``repair`` mend what can be mended with certainty and check again.
+
+    ``options`` say how to reach an address: ``checksum``, ``redirect_hosts``, … as for :func:`open_image`.
+    """
+    with open_source(image, replace(_reading(format, options), allow=None)) as source:
         policy.enforce(
             [finding for finding in source.findings if finding.rule in ("ambiguous", "format-mismatch", "in-use")],
             path=source.file.name,

@@ -116,7 +116,8 @@ def test_a_list_comes_from_a_file_or_an_address(
             ("crc32:00000000", 12),
         ):
             for source in (site.url, str(local)):
-                assert run(["info", source, "--checksum", text]) == code, (text, capsys.readouterr().err)
+                for command in ("info", "check"):
+                    assert run([command, source, "--checksum", text]) == code, (text, capsys.readouterr().err)
 
 
 def test_a_weak_checksum_is_computed_and_said_to_be_weak(tmp_path: Path, local: Path) -> None:

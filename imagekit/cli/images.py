@@ -151,17 +151,18 @@ def _drawn(image: str, disk: DiskImage) -> str:
 
 
 @app.command()
-@command()
+@command(remote=remote)
 def check(
     ui: Ui,
     image: Image,
+    remote: dict[str, Any],
     format: Format = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Mend what can be mended with certainty, in place.")
     ] = False,
 ) -> None:
     """Check the structure; exit 11 when it is damaged."""
-    result = api.check(image, format=format, repair=repair)
+    result = api.check(image, format=format, repair=repair, **remote)
 
     def human() -> str:
         found = [f"{'leak' if one.leak else 'damage'}: {one.message} [{one.code}]" for one in result.problems]
