@@ -54,8 +54,8 @@ FREE, ZERO = 0xFFFFFFFF, 0xFFFFFFFE
 NOT_THERE, READS_AS_ZERO = -1, -2
 """What the two are in a decoded map."""
 
-TEXTS = tuple(f"<<< {maker}".encode() for maker in ("Oracle VM VirtualBox", "Sun VirtualBox", "innotek", "QEMU VM"))
-"""How the text before the signature begins, by who wrote it."""
+TEXTS = (b"<<< Orac", b"<<< Sun ", b"<<< inno", b"<<< QEMU")
+"""How the text before the signature begins, by who wrote it: enough of it that no disk begins so."""
 
 WINDOW = 1 << 14
 """Map entries that are decoded together: 64 KiB of the file."""

@@ -133,8 +133,9 @@ def test_it_can_be_written_to_a_folder_for_other_readers_and_is_the_same_each_ti
     described = json.loads((tmp_path / "corpus" / "manifest.json").read_text())
     assert {one["file"] for one in described} == {f"{one.name}{one.suffix}" for one in CORPUS.values()}
     assert len(list((tmp_path / "corpus").iterdir())) == len(CORPUS) + 1
+    again = corpus()
     for name, entry in LIGHT.items():
-        assert entry.made() == corpus()[name].made()
+        assert entry.made() == again[name].made()
 
 
 # --- controls --------------------------------------------------------------------------------------------------
