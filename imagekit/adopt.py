@@ -44,7 +44,17 @@ def adopt(
         found = _found(path, cancel)
         if found not in READY:
             raise UsageError(f"declared {declared}, found {found}", path=path)
-        api.measure(path, found, source_format=found, allow=tuple(allow), progress=progress, cancel=cancel)
+        api.convert(
+            path,
+            Path(f"{path}.part.{found}"),
+            source_format=found,
+            target_format=found,
+            dry_run=True,
+            allow=tuple(allow),
+            confined=True,
+            progress=progress,
+            cancel=cancel,
+        )
         return {"format": found, "converted": False}
     if declared not in wanted:
         raise UsageError(f"images in the format {declared!r} are not taken", hint=f"formats: {', '.join(wanted)}")

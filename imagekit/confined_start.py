@@ -101,7 +101,11 @@ class _Nursery:
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair()
         with theirs:
-            self._process = start_interpreter({**place(), "do": "nursery", "socket": theirs.fileno()}, theirs)
+            try:
+                self._process = start_interpreter({**place(), "do": "nursery", "socket": theirs.fileno()}, theirs)
+            except BaseException:
+                self._socket.close()
+                raise
         self.parent = os.getpid()
 
     def ask(self, question: dict[str, Any], files: tuple[int, ...] = ()) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 import imagekit
+from imagekit import conversion, sources
 from imagekit.adopt import adopt
 from imagekit.errors import ImagekitError, InvalidImage, UnsafeImage, UsageError
 from imagekit.formats.base import MiB
@@ -79,3 +81,18 @@ def test_a_disk_that_names_a_parent_is_refused(raw: Path, tmp_path: Path, kind: 
     with pytest.raises(UnsafeImage) as refused:
         adopt(str(path), kind)
     assert refused.value.rule == "parent-file"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no confinement elsewhere")
+@pytest.mark.parametrize("kind", ["vhdx", "qcow2"])
+def test_a_download_is_parsed_where_it_is_confined_and_nowhere_else(
+    raw: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = download(tmp_path, raw, kind)
+
+    def parsed_here(*words: object, **more: object) -> None:
+        raise AssertionError("parsed in the driver's process")
+
+    for module in (sources, conversion):
+        monkeypatch.setattr(module, "open_source", parsed_here)
+    assert adopt(str(path), kind)["converted"] is (kind != "vhdx")

@@ -16,7 +16,7 @@ import pytest
 import imagekit
 from imagekit import cli, confined, confined_start
 from imagekit.digests import file_digest
-from imagekit.errors import Cancelled, UnsafeImage
+from imagekit.errors import Cancelled, ToolError, UnsafeImage
 from imagekit.plan import ConvertOptions
 from tests.disks import IDENTIFIER, noise
 from tests.oracles import need_tool
@@ -163,3 +163,16 @@ def test_what_the_command_line_started_early_ends_with_it(tmp_path: Path) -> Non
     ended = [one.split()[0] for one in trace.read_text().splitlines() if "+++" in one]
     assert len(set(ended)) >= 3
     assert all(not Path("/proc", number).exists() for number in ended)
+
+
+def test_an_early_start_that_fails_is_said_like_every_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(MiB))
+    monkeypatch.setattr(sys, "argv", ["imagekit", "info", str(path), "--confined"])
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "none"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == ToolError.exit_code
+    assert "the confined process cannot be started" in capsys.readouterr().err

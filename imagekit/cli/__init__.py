@@ -20,9 +20,13 @@ def main() -> NoReturn:
         from imagekit.cli.app import run
 
         raise SystemExit(run(arguments))
-    from imagekit import confined_start
+    from contextlib import suppress
 
-    confined_start.prepare()  # it loads while we do
+    from imagekit import confined_start
+    from imagekit.errors import ToolError
+
+    with suppress(ToolError):  # said, in the words of every error, when it is tried again
+        confined_start.prepare()  # it loads while we do
     try:
         from imagekit.cli.app import run
 
