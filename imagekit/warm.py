@@ -1,4 +1,4 @@
-"""What the first disk would wait for, done before: modules and tables.
+"""What the first disk would wait for, done before: the modules.
 
 For an agent of green threads. What one of them does in the middle of its work, all others wait for, and loading the
 readers of disk formats takes a tenth of a second and more.
@@ -7,8 +7,6 @@ readers of disk formats takes a tenth of a second and more.
 from __future__ import annotations
 
 import importlib
-
-from imagekit.formats.crc32c import crc32c
 
 MODULES = (
     "imagekit.formats.raw",
@@ -24,10 +22,6 @@ MODULES = (
 
 
 def make_ready() -> None:
-    """Load the formats, and make the tables for the structures that they check."""
+    """Load the formats."""
     for module in MODULES:
         importlib.import_module(module)
-    from imagekit.formats.vhdx_header import HEADER_SIZE, REGION_TABLE_SIZE
-
-    for structure in (HEADER_SIZE, REGION_TABLE_SIZE):
-        crc32c(bytes(structure))

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+import subprocess
+import sys
 import tracemalloc
 import uuid
 
@@ -66,7 +68,7 @@ def test_the_checksum_of_known_inputs_is_the_one_of_rfc_3720(data: bytes, expect
 
 
 @pytest.mark.parametrize("length", [511, 512, 513, 767, 1023, 4095, 4096, 4097, 65535, 65536, 70001, (1 << 20) + 77])
-def test_lanes_side_by_side_give_the_checksum_of_one_after_the_other(length: int) -> None:
+def test_the_checksum_of_any_length_is_the_one_taken_bit_by_bit(length: int) -> None:
     data = noise(length)
     assert crc32c(data) == made.crc32c(data)
 
@@ -87,6 +89,18 @@ def test_zeros_at_the_end_count_as_much_as_other_bytes(length: int) -> None:
 def test_a_checksum_is_taken_of_any_kind_of_buffer() -> None:
     data = noise(5000)
     assert crc32c(data) == crc32c(bytearray(data)) == crc32c(memoryview(b"x" + data)[1:])
+
+
+def test_a_checksum_is_the_same_without_the_c_extension_and_nobody_is_warned() -> None:
+    """As on a system for which the library has no wheel, with warnings being errors."""
+    script = (
+        "import sys; sys.modules['google_crc32c._crc32c'] = None\n"
+        "from imagekit.formats.crc32c import crc32c\n"
+        "import google_crc32c\n"
+        "print(google_crc32c.implementation, hex(crc32c(b'6789', crc32c(memoryview(b'12345')))))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("python 0xe3069283\n", "")
 
 
 # --- the file identifier and the headers -----------------------------------------------------------------------
