@@ -13,10 +13,10 @@ import uuid
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Protocol, TypeAlias
 
 from imagekit.errors import CorruptImage, UnsupportedFeature, UsageError
+from imagekit.records import dataclass, field, replace
 
 KiB = 1 << 10
 MiB = 1 << 20

@@ -15,11 +15,11 @@ import stat
 import struct
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from imagekit.errors import SourceError, TargetError
 from imagekit.formats.base import Buffer, File
+from imagekit.records import dataclass
 
 MAX_IOV = 1024
 """Buffers a single pwritev takes (IOV_MAX on Linux)."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import MiB
+from imagekit.records import dataclass
 
 MAGIC = b"QFI\xfb"
 V2_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")  # bytes 0..71, the whole header of version 2

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import File, MiB, round_up
 from imagekit.formats.qcow2_header import Qcow2Header
+from imagekit.records import dataclass, replace
 
 SNAPSHOT = struct.Struct(">QIHHIIQII")
 """L1 offset and entries, lengths of id and name, seconds, nanoseconds, clock, size of the state, extra length."""

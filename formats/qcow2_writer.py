@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from imagekit.errors import UnsupportedFeature
@@ -42,6 +41,7 @@ from imagekit.formats.qcow2_header import (
     feature_names,
 )
 from imagekit.formats.qcow2_l2 import COMPRESSED_FLAG, COPIED_FLAG
+from imagekit.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,7 +14,6 @@ import importlib
 import pkgutil
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path, PurePath
@@ -22,6 +21,7 @@ from pathlib import Path, PurePath
 import imagekit.formats
 from imagekit.errors import UnknownFormat, UnsupportedFeature
 from imagekit.formats.base import DiskFormat, File
+from imagekit.records import dataclass
 
 ENTRY_POINTS = "imagekit.formats"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import struct
 import uuid
-from dataclasses import dataclass
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import SECTOR, KiB, MiB, round_up
+from imagekit.records import dataclass
 
 SIGNATURE = 0xBEDA107F
 SIGNATURE_OFFSET = 64

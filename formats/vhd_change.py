@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 from imagekit.errors import CorruptImage, UnsupportedFeature
 from imagekit.formats.base import SECTOR, Barrier, Change, File, ParentLink, Truncate, Write, round_up
@@ -33,6 +32,7 @@ from imagekit.formats.vhd_locators import encode_names
 from imagekit.formats.vhd_space import is_zero, zeros
 from imagekit.formats.vhd_workspace import Workspace
 from imagekit.formats.vhd_writer import check_parent
+from imagekit.records import replace
 
 MENDED_HERE = {
     "footer-missing",

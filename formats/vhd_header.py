@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import SECTOR, GiB, KiB, MiB, round_up
+from imagekit.records import dataclass
 
 FOOTER_COOKIE = b"conectix"
 HEADER_COOKIE = b"cxsparse"

@@ -17,12 +17,12 @@ Design notes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from imagekit.errors import UnsupportedFeature
 from imagekit.formats.base import Fact, File, KiB, ParentLink
 from imagekit.formats.vhd_header import LOCATOR_SIZE, LOCATORS_OFFSET, DynamicHeader, Footer, Locator
+from imagekit.records import dataclass
 
 MAX_LENGTH = 64 * KiB
 """Bytes of a name: the longest path of Windows, 32767 characters, in UTF-16."""

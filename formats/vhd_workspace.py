@@ -23,7 +23,6 @@ Not here: which changes are right for a disk (vhd_change.py, vhd_merge.py), usin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from imagekit.errors import UnsupportedFeature
@@ -41,6 +40,7 @@ from imagekit.formats.vhd_header import (
 )
 from imagekit.formats.vhd_locators import MAX_LENGTH, Name, encode_field
 from imagekit.formats.vhd_space import PIECE, end_of_claims, footer_place, is_aligned, is_zero, zeros
+from imagekit.records import replace
 
 if TYPE_CHECKING:
     import numpy as np

@@ -21,7 +21,6 @@ Design notes
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from imagekit.errors import UnsupportedFeature
@@ -54,6 +53,7 @@ from imagekit.formats.vhd_header import (
     geometry,
 )
 from imagekit.formats.vhd_locators import Name, encode_field, encode_names
+from imagekit.records import dataclass, replace
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

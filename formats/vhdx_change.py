@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 from imagekit.errors import UnsupportedFeature
 from imagekit.formats.base import Barrier, Change, File, ParentLink, Write, read_exactly
@@ -21,6 +20,7 @@ from imagekit.formats.vhdx_header import HEADER_OFFSETS, NO_GUID, REGION_TABLE_O
 from imagekit.formats.vhdx_metadata import PAGE_83_DATA, PARENT_LOCATOR
 from imagekit.formats.vhdx_resize import resize
 from imagekit.formats.vhdx_writer import new_locator
+from imagekit.records import replace
 
 __all__ = ["absorb", "identify", "rebase", "repair", "resize"]
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from imagekit.errors import CorruptImage, UnsupportedFeature
@@ -36,6 +35,7 @@ from imagekit.formats.vhdx_header import (
 )
 from imagekit.formats.vhdx_image import VhdxImage
 from imagekit.formats.vhdx_metadata import ENTRY_SIZE, TABLE_SIZE
+from imagekit.records import replace
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import struct
 import uuid
-from dataclasses import dataclass
 from itertools import pairwise
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import KiB, MiB, TiB
 from imagekit.formats.crc32c import crc32c
+from imagekit.records import dataclass
 
 FILE_SIGNATURE = b"vhdxfile"
 HEADER_SIGNATURE = b"head"

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from dataclasses import replace
 
 from imagekit.errors import CorruptImage, ImagekitError, InvalidImage
 from imagekit.formats.base import (
@@ -57,6 +56,7 @@ from imagekit.formats.vhdx_header import (
 )
 from imagekit.formats.vhdx_log import ReplayedFile, replay
 from imagekit.formats.vhdx_metadata import BITMAP_SIZE, ENTRY_SIZE, TABLE_SIZE, Metadata, MetadataTable
+from imagekit.records import replace
 
 _BOTH_LOST = "both copies are lost; fetch the file again and compare its checksum"
 

@@ -22,13 +22,13 @@ from __future__ import annotations
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from imagekit.errors import CorruptImage, UnsupportedFeature
 from imagekit.formats.base import Buffer, File, KiB, MiB, read_exactly, round_up
 from imagekit.formats.crc32c import crc32c
 from imagekit.formats.vhdx_header import MAX_FILE, REGION_TABLE_OFFSETS, UNIT, Header
+from imagekit.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,12 +10,12 @@ from __future__ import annotations
 import struct
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import KiB, MiB, round_up
 from imagekit.formats.vhdx_header import MAX_BLOCK, MAX_SIZE, MIN_BLOCK, NO_GUID, SECTOR_SIZES, UNIT
+from imagekit.records import dataclass
 
 METADATA_SIGNATURE = b"metadata"
 TABLE_SIZE = 64 * KiB

@@ -20,10 +20,10 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from imagekit.errors import InvalidImage
 from imagekit.formats.base import SECTOR, Fact, KiB, Reference
+from imagekit.records import dataclass, field
 
 MAX_DESCRIPTOR = 64 * KiB
 NO_PARENT = 0xFFFFFFFF

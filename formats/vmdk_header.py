@@ -10,12 +10,12 @@ Everything is bounded here, before it is used: against the format's limits, and 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import SECTOR, GiB, MiB, Range
+from imagekit.records import dataclass, replace
 
 HOSTED_MAGIC = b"KDMV"
 COWD_MAGIC = b"COWD"

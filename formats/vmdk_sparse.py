@@ -6,7 +6,6 @@ The file itself is the data, whatever the descriptor inside it says; what that s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from imagekit.errors import CorruptImage, InvalidImage
@@ -41,6 +40,7 @@ from imagekit.formats.vmdk_header import (
 from imagekit.formats.vmdk_info import check_readable, sparse_info
 from imagekit.formats.vmdk_stream import FOOTER_BYTES, GRAIN_MARKER_BYTES, Marker, check_footer, inflate
 from imagekit.formats.vmdk_tables import COMPRESSED, HOLE, PLAIN, GrainTables, Run
+from imagekit.records import replace
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,7 +19,6 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from imagekit.errors import CorruptImage, UnsupportedFeature
@@ -27,6 +26,7 @@ from imagekit.formats.base import SECTOR, Buffer, ImageInfo, KiB, MiB, round_up
 from imagekit.formats.vmdk_descriptor import Descriptor
 from imagekit.formats.vmdk_header import AT_END, TRUNCATED, GrainLayout, HostedHeader
 from imagekit.formats.vmdk_info import check_readable, sparse_info
+from imagekit.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,12 +7,10 @@ Cancelled within about 250 ms, with nothing left behind.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
@@ -27,6 +25,7 @@ from imagekit.formats.files import LocalFile
 from imagekit.plan import ConvertOptions
 from imagekit.profiles import apply_profile
 from imagekit.progress import Callback, Control
+from imagekit.records import replace
 from imagekit.remote import file_name, is_elsewhere, is_fetched, is_glance
 from imagekit.report import SCHEMA, Report
 from imagekit.results import CheckResult, Comparison, Inspection
@@ -179,7 +178,7 @@ def default_target(source: PathLike, options: ConvertOptions) -> Path:
 
 def make_options(values: Mapping[str, Any]) -> ConvertOptions:
     """The options that keywords are; UsageError for what none is called."""
-    known = {field.name for field in fields(ConvertOptions)}
+    known = set(ConvertOptions.__match_args__)
     if unknown := sorted(set(values) - known):
         raise UsageError(f"unknown options: {', '.join(unknown)}", hint=f"options: {', '.join(sorted(known))}")
     values = dict(values)
@@ -389,7 +388,7 @@ def build_config_drive(
     metadata = make_metadata(made, rendering=rendering, machine=machine, strict=strict)
     encrypted = hand_over(made, password_out, sync=sync)
     drive = write_config_drive(made, path, packing=packing, metadata=metadata, overwrite=overwrite, sync=sync)
-    return dataclasses.replace(drive, encrypted_password=encrypted)
+    return replace(drive, encrypted_password=encrypted)
 
 
 def check_config_drive(

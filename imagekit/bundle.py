@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +30,7 @@ from imagekit.plan import ConvertOptions
 from imagekit.progress import SILENT, Control
 from imagekit.publish import check_target, write_file
 from imagekit.readiness import Readiness
+from imagekit.records import dataclass, replace
 from imagekit.remote import Opened, is_elsewhere
 from imagekit.report import SCHEMA, Report
 from imagekit.sources import Source, located, open_source

@@ -25,7 +25,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
@@ -37,6 +36,7 @@ from imagekit.formats.files import LocalFile
 from imagekit.locks import held
 from imagekit.progress import Callback, Control
 from imagekit.publish import write_file
+from imagekit.records import dataclass, field, replace
 from imagekit.references import Following, find
 from imagekit.warm import make_ready
 

@@ -13,13 +13,13 @@ import hashlib
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from imagekit.arriving import Arriving
 from imagekit.errors import ImagekitError, SourceError, UnsupportedFeature, UsageError, VerificationFailed
 from imagekit.formats.base import MiB
 from imagekit.formats.files import LocalFile
 from imagekit.progress import INTERVAL, SILENT, Control
+from imagekit.records import dataclass
 
 LENGTHS = {"md5": 32, "sha1": 40, "sha224": 56, "sha256": 64, "sha384": 96, "sha512": 128}
 """Hexadecimal digits."""

@@ -25,12 +25,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from imagekit import errors
 from imagekit.progress import Callback, Control
+from imagekit.records import dataclass
 
 LAST_WORDS = 2000
 """Characters of the child's stderr that an error quotes."""

@@ -26,7 +26,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,6 +57,7 @@ from imagekit.plan import ConvertOptions
 from imagekit.policy import Finding
 from imagekit.progress import INTERVAL, SILENT, Control
 from imagekit.publish import Pending, check_space, finish, new_file
+from imagekit.records import dataclass, field, replace
 from imagekit.references import Following
 from imagekit.remote_file import RemoteFile
 from imagekit.report import Report
@@ -231,7 +231,7 @@ def _settings(options: ConvertOptions, jobs: int) -> dict[str, Any]:
     }
 
 
-@dataclass
+@dataclass(slots=True)
 class _Host:
     """This side of one job: passes on progress, answers requests, watches the limits."""
 

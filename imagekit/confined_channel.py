@@ -13,7 +13,6 @@ import socket
 import struct
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
 from imagekit import errors
@@ -23,6 +22,7 @@ from imagekit.pictures import MOST_CELLS
 from imagekit.plan import ConvertOptions
 from imagekit.policy import Finding, Severity
 from imagekit.progress import Progress
+from imagekit.records import dataclass
 from imagekit.report import Report
 
 HEADER = struct.Struct("=IB")
@@ -178,7 +178,8 @@ def _number(value: Any) -> int:
 
 def report_message(report: Report) -> dict[str, JSON]:
     lists = ("notes", "confinement", "source_map", "target_map")
-    return {**asdict(report), **{name: list(getattr(report, name)) for name in lists}}
+    values = {name: getattr(report, name) for name in Report.__match_args__}
+    return {name: list(value) if name in lists else value for name, value in values.items()}
 
 
 def as_report(said: Any) -> Report:

@@ -21,7 +21,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ from imagekit.formats.files import LocalFile
 from imagekit.limits import over_limit
 from imagekit.looking import look, seen_message
 from imagekit.progress import Control, Progress
+from imagekit.records import replace
 from imagekit.references import Following
 from imagekit.sources import Opener, located, open_source
 from imagekit.workers import keep_freed_memory

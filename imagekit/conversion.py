@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,6 +22,7 @@ from imagekit.pictures import occupancy
 from imagekit.plan import ConversionPlan, ConvertOptions, build_plan, target_size
 from imagekit.progress import SILENT, Control
 from imagekit.publish import Pending, check_space, check_target, finish, new_file
+from imagekit.records import dataclass, replace
 from imagekit.references import MAX_DEPTH, Following, link_to
 from imagekit.report import Report
 from imagekit.sources import OPENER, Opener, Reading, Source, chain_too_long, located, open_source

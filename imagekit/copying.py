@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TypeVar
 
 from imagekit.formats import registry
@@ -22,6 +21,7 @@ from imagekit.formats.base import AS_IS, Buffer, DiskImage, EncodedLayout, Exten
 from imagekit.formats.files import kernel_copy
 from imagekit.plan import CHUNK, Chunk, ConversionPlan, chunks, data_parts, whole_blocks
 from imagekit.progress import SILENT, Control
+from imagekit.records import dataclass
 from imagekit.sums import Sum, Sums
 from imagekit.workers import run as run_workers
 from imagekit.workers import usable_cores

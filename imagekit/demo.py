@@ -12,7 +12,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from imagekit import api
@@ -22,6 +21,7 @@ from imagekit.launch.evidence import DEFAULT_MARKER
 from imagekit.launch.result import BootResult
 from imagekit.launch.tiny_guest import write_tiny_guest
 from imagekit.qemu_img import find_qemu_img
+from imagekit.records import dataclass
 from imagekit.report import SCHEMA
 
 IMAGE = "tiny-guest.qcow2"

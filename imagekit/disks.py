@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import UUID
 
@@ -25,6 +24,7 @@ from imagekit.formats.raw import ZeroImage
 from imagekit.plan import ConvertOptions, build_plan, target_size
 from imagekit.progress import SILENT, Control
 from imagekit.publish import check_space, check_target, new_file
+from imagekit.records import dataclass, replace
 from imagekit.references import Following, check_identity, link_to
 from imagekit.report import SCHEMA
 from imagekit.sources import Reading, located, open_source

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from imagekit.cloudinit.agents import Medium, Seen, what_agents_see
 from imagekit.cloudinit.lint import Finding, MachineLike, judge
@@ -17,6 +16,7 @@ from imagekit.cloudinit.model import GuestProfile
 from imagekit.cloudinit.tree import MetadataTree
 from imagekit.drives import Drive, Volume, read_drive
 from imagekit.formats.base import JSON, MiB
+from imagekit.records import dataclass
 from imagekit.report import SCHEMA
 from imagekit.sources import Reading
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +21,7 @@ from imagekit.fat import Fat, FatError
 from imagekit.formats.base import SECTOR, DiskImage, MiB
 from imagekit.partitions import partitions
 from imagekit.policy import Finding
+from imagekit.records import dataclass
 from imagekit.sources import Reading, located, open_source
 
 MAX_FILES = 256 * MiB

@@ -14,10 +14,10 @@ from __future__ import annotations
 import stat
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from uuid import UUID
 
 from imagekit.formats.base import DiskImage, KiB, MiB
+from imagekit.records import dataclass
 
 MAX_FOLDER = 4 * MiB
 MAX_LINKS = 16

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from imagekit import policy, qemu_img
@@ -20,6 +19,7 @@ from imagekit.formats.files import LocalFile, kernel_copy
 from imagekit.plan import ConvertOptions
 from imagekit.progress import SILENT, Control
 from imagekit.publish import check_target, new_file
+from imagekit.records import replace
 from imagekit.report import Report
 from imagekit.sources import located
 from imagekit.verify import verify_content

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from imagekit.formats.base import SECTOR, DiskImage, KiB, MiB, round_up
+from imagekit.records import dataclass
 
 MAX_DIRECTORY = 512 * KiB
 """16384 entries; the specification allows four times as many, an EFI system partition has a dozen."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
@@ -23,6 +22,7 @@ from imagekit.errors import UnsupportedFeature
 from imagekit.fat import Entry, Fat, FatError
 from imagekit.formats.base import DiskImage, KiB
 from imagekit.partitions import partitions
+from imagekit.records import dataclass
 
 LOADER = ("EFI", "BOOT", "BOOTX64.EFI")
 LOADER_NAME = "\\" + "\\".join(LOADER)

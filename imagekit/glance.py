@@ -16,13 +16,13 @@ import re
 import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 from urllib.parse import quote, urlencode, urlsplit
 
 from imagekit.checksums import LENGTHS, Checksum
 from imagekit.errors import SourceError, ToolError, UnsupportedFeature, UsageError
 from imagekit.formats.base import KiB, MiB
+from imagekit.records import dataclass, field
 from imagekit.remote_http import USER_AGENT, check_url
 
 PREFIX = "glance:"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Literal
 
 from imagekit.conversion import access_to
@@ -23,6 +22,7 @@ from imagekit.glance import PREFIX, GlanceImage
 from imagekit.guest import Guest
 from imagekit.machine import MEMORY_STEP
 from imagekit.plan import ConvertOptions
+from imagekit.records import dataclass, replace
 
 IGNORE = "--ignore-properties takes nothing from them"
 GENERATIONS: dict[tuple[str, str], Literal[1, 2]] = {

@@ -14,7 +14,6 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from imagekit.checksums import Checksum
@@ -34,6 +33,7 @@ from imagekit.glance import FORMATS, PREFIX, Glance, GlanceImage, is_id
 from imagekit.plan import ConvertOptions
 from imagekit.progress import SILENT, Control
 from imagekit.readiness import check_readiness
+from imagekit.records import dataclass, field
 from imagekit.remote import Access, complete
 from imagekit.report import SCHEMA
 from imagekit.sources import Source, located, open_source

@@ -15,11 +15,11 @@ import struct
 import uuid
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 from imagekit.errors import UnsupportedFeature
 from imagekit.formats.base import SECTOR, DiskImage, Fact, MiB, round_up
 from imagekit.patched import Patch
+from imagekit.records import dataclass, replace
 
 SIGNATURE = b"EFI PART"
 REVISION = 0x00010000

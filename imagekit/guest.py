@@ -11,13 +11,13 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
 from uuid import UUID, uuid4, uuid5
 
 from imagekit.cloudinit.model import Network, Spec, derive_mac, load_spec, parse_spec
 from imagekit.cloudinit.passwords import generate_password as make_password
 from imagekit.errors import InvalidSpec, UsageError
 from imagekit.machine import Nic
+from imagekit.records import dataclass
 from imagekit.remote import file_name
 
 SEED_SIZE = 512

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
 from typing import TypeVar
 
 from imagekit.errors import UnsafeImage, UsageError
+from imagekit.records import dataclass
 
 MiB, TiB = 1 << 20, 1 << 40
 Item = TypeVar("Item")
@@ -42,21 +42,21 @@ class Limits:
     """By the clock, for a whole conversion."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if getattr(self, field.name) < 1:
-                raise UsageError(f"limit {shown(field.name)} {getattr(self, field.name)}, at least 1 is needed")
+        for name in self.__match_args__:
+            if getattr(self, name) < 1:
+                raise UsageError(f"limit {shown(name)} {getattr(self, name)}, at least 1 is needed")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Limits:
         """The defaults, with what ``IMAGEKIT_LIMIT_…`` variables say instead; plain numbers."""
         values = {}
-        for field in fields(cls):
-            text = environment.get(ENVIRONMENT + field.name.upper())
+        for name in cls.__match_args__:
+            text = environment.get(ENVIRONMENT + name.upper())
             if text is None:
                 continue
             if not (text.isascii() and text.isdigit()):
-                raise UsageError(f"{ENVIRONMENT}{field.name.upper()}={text!r} is not a whole number")
-            values[field.name] = int(text)
+                raise UsageError(f"{ENVIRONMENT}{name.upper()}={text!r} is not a whole number")
+            values[name] = int(text)
         return cls(**values)
 
     def check(self, name: str, value: int, what: str) -> None:

@@ -5,12 +5,12 @@ What comes back from a confined process is taken apart piece by piece: texts, nu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, get_args
 
 from imagekit.firmware import Loader, SecureBoot, find_loader
 from imagekit.formats.base import JSON, DiskImage
 from imagekit.readiness import Check, Readiness, Status, check_readiness
+from imagekit.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

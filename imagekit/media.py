@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Literal, cast
 from uuid import UUID
@@ -28,6 +27,7 @@ from imagekit.formats.base import MiB, WriterOptions, round_up
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.raw import RawImage
 from imagekit.plan import build_plan
+from imagekit.records import dataclass
 from imagekit.verify import verify_structure
 
 MEDIA = ("iso", "vfat")

@@ -14,12 +14,12 @@ import hashlib
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from imagekit.arriving import PIECE
 from imagekit.errors import TargetError
 from imagekit.formats.files import lock_exclusively
+from imagekit.records import dataclass
 from imagekit.remote_http import Version
 
 HAVE = b"\1"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import struct
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from imagekit import gpt
 from imagekit.formats.base import SECTOR, DiskImage
+from imagekit.records import dataclass
 
 _ENTRY_SIZE = 16
 _EXTENDED = (0x00, 0x05, 0x0F, 0x85, gpt.PROTECTIVE)

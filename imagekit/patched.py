@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from imagekit.formats.base import DiskImage, Extent, ImageInfo, Range, clip, merge_extents
+from imagekit.records import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)

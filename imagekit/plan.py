@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from typing import Literal, TypeAlias
 from uuid import UUID
 
@@ -35,6 +34,7 @@ from imagekit.limits import DEFAULT as DEFAULT_LIMITS
 from imagekit.limits import Limits
 from imagekit.pictures import MOST_CELLS
 from imagekit.progress import SILENT, Control
+from imagekit.records import dataclass, field
 from imagekit.workers import run as run_workers
 from imagekit.workers import usable_cores
 
@@ -164,6 +164,8 @@ class ConversionPlan:
         return writer.layout(self.blocks)
 
     def to_json(self) -> dict[str, JSON]:
+        from dataclasses import asdict  # which loads inspect
+
         out = asdict(self)
         out["blocks"] = [list(run) for run in self.blocks]
         out["notes"] = list(self.notes)

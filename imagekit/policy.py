@@ -7,13 +7,13 @@ caller with ``--allow CODE``. Every command asks here before it reads a guest's 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from enum import Enum
 
 from imagekit.errors import UnsafeImage, UsageError
 from imagekit.formats.base import JSON, ImageInfo, Problem
 from imagekit.formats.registry import Claim, find, suffix_format
 from imagekit.limits import Limits, shown
+from imagekit.records import dataclass
 
 
 class Severity(str, Enum):

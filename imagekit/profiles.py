@@ -7,13 +7,13 @@ and of Azure's image uploads, and XenServer's VHD conventions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from imagekit.errors import UsageError
 from imagekit.formats.base import KiB, MiB
 from imagekit.formats.registry import find
 from imagekit.plan import ConvertOptions
+from imagekit.records import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)

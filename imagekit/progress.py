@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from imagekit.errors import Cancelled
 from imagekit.limits import over_limit
+from imagekit.records import dataclass, replace
 
 INTERVAL = 0.1
 """Seconds between two looks at the workers: the bound on how late progress and cancel are."""

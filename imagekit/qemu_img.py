@@ -24,7 +24,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from imagekit.errors import (
 from imagekit.formats.base import SECTOR, MiB, round_up
 from imagekit.formats.files import LocalFile
 from imagekit.progress import SILENT, Control
+from imagekit.records import replace
 from imagekit.tool_process import Finished, ToolLimits, run
 
 INSTALL_HINT = "install it: apt-get install qemu-utils, dnf install qemu-img, or brew install qemu"

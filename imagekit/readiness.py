@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
 from uuid import UUID
 
@@ -23,6 +22,7 @@ from imagekit.firmware import find_loader
 from imagekit.formats.base import SECTOR, DiskImage, KiB, MiB
 from imagekit.initramfs import InitramfsError, names
 from imagekit.partitions import Partition, partitions
+from imagekit.records import dataclass
 
 Status = Literal["ok", "warning", "failed", "unknown"]
 

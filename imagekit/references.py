@@ -16,12 +16,12 @@ import stat
 import sys
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote, urlsplit
 
 from imagekit.errors import SourceError, UnsafeImage, UsageError
 from imagekit.formats.base import DiskImage, ParentLink, Reference
+from imagekit.records import dataclass
 
 MAX_DEPTH = 64
 """Images in a chain. Each one costs every read a step."""

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from imagekit.errors import CorruptImage, InvalidImage, SourceError, UnknownForm
 from imagekit.formats.files import FileIdentity, LocalFile
 from imagekit.policy import Finding, finding
 from imagekit.progress import SILENT, Control
+from imagekit.records import dataclass, replace
 
 if TYPE_CHECKING:
     from imagekit.arriving import Arriving

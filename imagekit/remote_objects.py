@@ -12,11 +12,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 from imagekit.errors import ImagekitError, SourceError, ToolError, UsageError
+from imagekit.records import dataclass, field
 from imagekit.remote_http import Attempts, Dropped, HttpOptions, Version, shown
 
 SCHEMES = frozenset(

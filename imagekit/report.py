@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from imagekit.formats.base import JSON
+from imagekit.records import dataclass
 
 SCHEMA = 1
 

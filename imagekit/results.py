@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from imagekit.formats.base import JSON, ImageInfo, Problem
 from imagekit.policy import Finding
+from imagekit.records import dataclass
 from imagekit.report import SCHEMA
 
 

@@ -11,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +23,7 @@ from imagekit.formats.files import FileIdentity, LocalFile, nameless
 from imagekit.limits import DEFAULT as DEFAULT_LIMITS
 from imagekit.limits import Limits
 from imagekit.progress import SILENT, Control
+from imagekit.records import dataclass, replace
 from imagekit.references import MAX_DEPTH, Following, check_identity, find
 
 

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -25,6 +24,7 @@ from imagekit import tool_confine
 from imagekit.errors import TargetError, ToolError
 from imagekit.formats.base import GiB, KiB, MiB, TiB
 from imagekit.progress import INTERVAL, SILENT, Control
+from imagekit.records import dataclass
 
 MOST_OUTPUT = 256 * KiB
 """Kept of what the program prints; more is read and forgotten."""

@@ -18,7 +18,6 @@ import hashlib
 import re
 import xml.parsers.expat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -26,6 +25,7 @@ from urllib.parse import unquote
 from imagekit.errors import CorruptImage, UnsupportedFeature
 from imagekit.formats.base import Fact, File, MiB
 from imagekit.progress import Control
+from imagekit.records import dataclass, field
 from imagekit.wrapper_parts import ZEROS, Member, Part, WrapperLimits, leads_elsewhere, over_limit, without_gaps
 
 if TYPE_CHECKING:

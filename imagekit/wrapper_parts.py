@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from imagekit.errors import CorruptImage, UnsafeImage, UnsupportedFeature
 from imagekit.formats import registry
 from imagekit.formats.base import File, KiB, MiB, TiB
+from imagekit.records import dataclass
 
 PIECE = 1 * MiB
 ZEROS = bytes(PIECE)

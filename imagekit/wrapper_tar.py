@@ -14,12 +14,12 @@ Not here: V7 archives without "ustar", volumes, GNU's sparse pax formats 0.0 and
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsafeImage, UnsupportedFeature
 from imagekit.formats.base import SECTOR as BLOCK
 from imagekit.formats.base import File, KiB, MiB, round_up
+from imagekit.records import dataclass, field
 from imagekit.wrapper_parts import (
     Member,
     Part,

@@ -14,11 +14,11 @@ import stat
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 from imagekit.errors import CorruptImage, UnsafeImage, UnsupportedFeature
 from imagekit.formats.base import File, KiB, MiB, read_exactly
+from imagekit.records import dataclass
 from imagekit.wrapper_parts import ZEROS, Member, Part, WrapperLimits, leads_elsewhere, over_limit, plain_parts
 from imagekit.wrapper_streams import Input, one_stream
 

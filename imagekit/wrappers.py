@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from imagekit.arriving import Arriving
@@ -27,6 +26,7 @@ from imagekit.formats import registry
 from imagekit.formats.base import Fact, File, MiB
 from imagekit.formats.files import LocalFile, free_space, nameless
 from imagekit.progress import SILENT, Control
+from imagekit.records import dataclass
 from imagekit.wrapper_ova import is_ovf_name, open_ova
 from imagekit.wrapper_parts import (
     Part,

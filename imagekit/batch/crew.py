@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from imagekit.child import ended_silently, understood
 from imagekit.errors import Cancelled, ImagekitError
 from imagekit.formats.base import MiB
 from imagekit.progress import Callback, Control, Progress
+from imagekit.records import dataclass
 from imagekit.workers import usable_cores
 
 TASKS_OF_A_CHILD = 500

@@ -12,13 +12,13 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from imagekit.batch.manifest import Item
 from imagekit.errors import TargetError
 from imagekit.locks import held
+from imagekit.records import dataclass, field
 
 NAME = "journal.sqlite"
 VERSION = 2

@@ -18,7 +18,7 @@ import json
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path, PurePath, PureWindowsPath
 from types import MappingProxyType
@@ -31,6 +31,7 @@ from imagekit.formats import registry
 from imagekit.formats.base import GiB, KiB, MiB, TiB
 from imagekit.plan import ConvertOptions
 from imagekit.profiles import apply_profile
+from imagekit.records import dataclass, field
 from imagekit.remote import Access
 
 MAX_SIZE = 256 * MiB

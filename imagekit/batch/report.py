@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from imagekit.batch.journal import DONE, FAILED, Row
 from imagekit.batch.page import page
 from imagekit.formats.base import JSON, MiB
 from imagekit.publish import Pending, new_file, write_file
+from imagekit.records import dataclass, field
 from imagekit.report import SCHEMA
 
 JSON_NAME, HTML_NAME = "report.json", "report.html"

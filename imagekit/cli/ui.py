@@ -10,12 +10,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from imagekit.cli.sizes import short_size
 from imagekit.errors import ImagekitError, UsageError
 from imagekit.progress import Callback, Progress
+from imagekit.records import dataclass, field
 
 PLAIN_SECONDS = 3.0
 """Between two plain lines of progress."""
@@ -37,7 +37,7 @@ def lines(parts: Iterable[object]) -> str:
     return "\n".join(map(line, parts))
 
 
-@dataclass
+@dataclass(slots=True)
 class Ui:
     """How this run of a command talks."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from imagekit.hyperv.transport import Transport
 from imagekit.hyperv.winrm import WHY_HTTP, Auth, WinrmTransport, parse_endpoint
 from imagekit.launch.launcher import LaunchPlan
 from imagekit.machine import Machine
+from imagekit.records import dataclass
 
 LOCAL = "hyperv"
 

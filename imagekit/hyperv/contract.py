@@ -9,11 +9,11 @@ An answer is ``{"ok": true, "result": {…}}`` or ``{"ok": false, "error": {"kin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from imagekit.errors import ImagekitError
 from imagekit.hyperv.transport import HostError, TransportError
+from imagekit.records import dataclass, field
 
 ERROR_KINDS = frozenset(
     (

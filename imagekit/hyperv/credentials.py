@@ -9,11 +9,11 @@ import getpass
 import os
 import stat
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from imagekit.errors import SourceError, UsageError
+from imagekit.records import dataclass, field
 
 USER, PASSWORD, FILE = "IMAGEKIT_HYPERV_USER", "IMAGEKIT_HYPERV_PASSWORD", "IMAGEKIT_HYPERV_CREDENTIALS"
 KEYRING_SERVICE = "imagekit-hyperv"

@@ -12,12 +12,12 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from imagekit.errors import InvalidSpec, SourceError, TargetError
 from imagekit.formats.files import lock_exclusively
+from imagekit.records import dataclass
 
 NAME = "hyperv-journal.jsonl"
 MAX_SIZE = 4 << 20

@@ -12,11 +12,11 @@ import base64
 import functools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 from imagekit.errors import UnsupportedFeature
+from imagekit.records import dataclass
 
 PLAN_ONLY = (
     "Windows Server 2008 R2: these scripts were parsed and checked against recorded facts, never run; a host takes "

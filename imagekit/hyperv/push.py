@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import ntpath
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from imagekit.errors import TargetError, UsageError, VerificationFailed
@@ -22,6 +21,7 @@ from imagekit.hyperv.journal import Journal
 from imagekit.hyperv.request import is_unc
 from imagekit.hyperv.transport import HostError
 from imagekit.progress import SILENT, Control
+from imagekit.records import dataclass
 
 WINRM_LIMIT = 64 << 20
 """Larger files take a share: WinRM moves some 3 MB a second and keeps every byte in memory twice."""

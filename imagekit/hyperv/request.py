@@ -13,11 +13,11 @@ from __future__ import annotations
 import ntpath
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 from imagekit.errors import InvalidSpec, UnsupportedFeature, UsageError
 from imagekit.machine import Machine, Medium
+from imagekit.records import dataclass
 
 Family = Literal["2008r2", "2012", "2012r2", "2016"]
 """Kinds of hosts, each named after the first Windows Server of its kind: 2016 stands for all since."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from imagekit.hyperv.push import hash_seconds
 from imagekit.hyperv.request import check_host_path
 from imagekit.hyperv.transport import HostError
 from imagekit.progress import Callback, Control
+from imagekit.records import dataclass
 from imagekit.sources import Reading, open_source
 
 STEP = 4 << 20

@@ -15,7 +15,6 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from imagekit.launch.launcher import LaunchPlan, OnEvent
 from imagekit.launch.result import BootResult
 from imagekit.machine import FILE_NAME, Machine
 from imagekit.progress import SILENT, Control
+from imagekit.records import dataclass, field, replace
 
 CONSOLE_NAME = "hyperv-console.log"
 STOP_SECONDS = 180.0

@@ -9,10 +9,10 @@ found out by asking it, which the steps do.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 from imagekit.errors import ToolError
+from imagekit.records import dataclass
 
 
 class TransportError(ToolError):

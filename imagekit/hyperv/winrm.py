@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import unquote, urlsplit
@@ -21,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 from imagekit.errors import ToolError, UsageError
 from imagekit.hyperv.credentials import Credentials
 from imagekit.hyperv.transport import Answer, LoginFailed, TransportError
+from imagekit.records import dataclass
 
 Auth = Literal["negotiate", "ntlm", "kerberos", "credssp", "certificate", "basic"]
 AUTHS: tuple[Auth, ...] = get_args(Auth)

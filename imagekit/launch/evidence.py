@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from imagekit.launch.result import STAGES, Evidence, Source, Stage
+from imagekit.records import dataclass
 
 MAX_LINE = 4096
 """Longer lines are judged in pieces of this many bytes."""

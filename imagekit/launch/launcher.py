@@ -8,10 +8,10 @@ machine.json, so that two runs never make two.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from imagekit.launch.result import BootResult, Evidence
+from imagekit.records import dataclass
 
 OnEvent = Callable[[Evidence], None]
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from imagekit.errors import ToolError
+from imagekit.records import dataclass
 
 MAX_DESCRIPTION = 1 << 20
 

@@ -19,7 +19,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
@@ -33,6 +32,7 @@ from imagekit.launch.screen import (
     ppm_size,
     text_lines,
 )
+from imagekit.records import dataclass
 
 QMP_TIMEOUT = 20.0
 LAST_WORDS_SECONDS = 1.0

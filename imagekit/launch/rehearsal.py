@@ -23,7 +23,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +50,7 @@ from imagekit.launch.result import BootResult, Evidence, Stage, Verdict
 from imagekit.launch.screen import ppm_to_png
 from imagekit.launch.watch import Ending, Watch
 from imagekit.machine import FILE_NAME, Machine
+from imagekit.records import dataclass
 
 CONSOLE_NAME = "rehearsal-console.log"
 SCREEN_NAME = "rehearsal-screen.png"

@@ -5,9 +5,11 @@ The words are the contract of ``imagekit boot --output json``; fields are only e
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, get_args
+
+from imagekit.records import dataclass, field
 
 Stage = Literal[
     "started",

@@ -8,11 +8,11 @@ or hang right after the boot loader. Then the caller starts again without KVM.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 from imagekit.launch.evidence import Reader
 from imagekit.launch.result import Evidence, Verdict
+from imagekit.records import dataclass, field
 
 SETTLE_SECONDS = 1.0
 """After decisive evidence: lets the line be finished and the screen be drawn."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID, uuid5
@@ -23,6 +22,7 @@ from imagekit.formats.base import SECTOR, GiB
 from imagekit.formats.files import LocalFile
 from imagekit.nova.sizes import SizeRule, check_rule, internal_size, new_disk_size
 from imagekit.progress import Callback
+from imagekit.records import dataclass, field
 
 if TYPE_CHECKING:
     from imagekit.guest import SpecLike
