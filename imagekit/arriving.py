@@ -41,6 +41,9 @@ class Arriving(LocalFile):
         """
         raise NotImplementedError
 
+    def want_all(self) -> None:
+        """All of it will be read sooner or later: what nobody waits for may be fetched meanwhile."""
+
     @property
     def all_here(self) -> bool:
         """Whether nothing is missing any more."""

@@ -234,18 +234,21 @@ def _convert(asking: _Asking, job: Job, files: list[LocalFile]) -> dict[str, JSO
         target=target,
         parent_file=files[1] if len(files) > 1 else None,
         opener=asking,
+        writing=True,
         control=control,
     ) as planned:
         plan = planned.plan
         if options.dry_run:
             copied, verified = CopyResult(plan.data_bytes, 0, plan.file_size), "not written"
             maps: conversion.Maps = ((), ())
+            done = planned
         else:
             needed = conversion.bytes_to_write(plan, options)
-            made = asking.file(ask="target", needed=needed, file_size=plan.file_size)
-            copied, verified = conversion.carry_out(planned, made, options, control), options.verify
-            maps = conversion.draw_maps(planned, made, options)
-        report = conversion.make_report(planned, target, copied, verified=verified)
+            made = asking.file(ask="target", needed=needed, file_size=planned.most_bytes)
+            done, copied = conversion.carry_out(planned, made, options, control)
+            verified = options.verify
+            maps = conversion.draw_maps(done, made, options)
+        report = conversion.make_report(done, target, copied, verified=verified)
         return report_message(replace(report, source_map=maps[0], target_map=maps[1]))
 
 
@@ -260,7 +263,7 @@ def _info(asking: _Asking, job: Job, files: list[LocalFile]) -> dict[str, JSON]:
 
 
 def _look(asking: _Asking, job: Job, files: list[LocalFile]) -> dict[str, JSON]:
-    asked = replace(conversion.reading(job.options, deep=True), opener=asking)
+    asked = replace(conversion.reading(job.options, deep=True), opener=asking, whole=True)
     with open_source(files[0], asked, control=Control(asking.tell)) as source, located(source.file):
         return seen_message(look(source.image))
 

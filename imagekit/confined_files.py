@@ -22,6 +22,8 @@ from imagekit.progress import SILENT, Control
 QUESTION = struct.Struct("=qq")
 ANSWER = struct.Struct("=qI")
 """The offset up to which all is here from the one asked for on, and the length of an error that follows."""
+ALL = (0, 0)
+"""No question, and not answered: all of the file will be read."""
 MOST = 1 << 16
 MAX_OFFSET = 1 << 62
 
@@ -45,6 +47,9 @@ class Server:
         with suppress(OSError), self._socket:
             while question := _exactly(self._socket, QUESTION.size):
                 offset, length = QUESTION.unpack(question)
+                if (offset, length) == ALL:
+                    self._file.want_all()
+                    continue
                 if not (0 <= offset <= MAX_OFFSET and 0 < length <= MAX_OFFSET):
                     return  # it never asks so unless something went wrong there
                 self._socket.sendall(self._answer(offset, length))
@@ -87,6 +92,10 @@ class ServedFile(Arriving):
             if self._known(offset, end):
                 return
             self._note(offset, self._ask(offset, end - offset))
+
+    def want_all(self) -> None:
+        with self._lock, suppress(OSError):  # who fetches no more says so when it is asked
+            self._socket.sendall(QUESTION.pack(*ALL))
 
     def _known(self, offset: int, end: int) -> bool:
         return self._here.find(0, offset // PIECE, (end - 1) // PIECE + 1) < 0

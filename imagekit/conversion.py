@@ -19,7 +19,7 @@ from imagekit.formats import registry
 from imagekit.formats.base import SECTOR, DiskFormat, DiskImage, File, OpenOptions, ParentLink, WriterOptions
 from imagekit.formats.files import LocalFile
 from imagekit.pictures import occupancy
-from imagekit.plan import ConversionPlan, ConvertOptions, build_plan, target_size
+from imagekit.plan import ConversionPlan, ConvertOptions, FoundBlocks, build_plan, draft_plan, target_size
 from imagekit.progress import SILENT, Control
 from imagekit.publish import Pending, check_space, check_target, finish, new_file
 from imagekit.records import dataclass, replace
@@ -46,6 +46,14 @@ class PlannedConversion:
     plan: ConversionPlan
     parent: Source | None = None
     """What a differencing target builds on."""
+
+    found: FoundBlocks | None = None
+    """Where the source still arrives: its blocks, found while they are copied. The plan is a draft then."""
+
+    @property
+    def most_bytes(self) -> int:
+        """Length that the target has at most."""
+        return self.plan.file_size if self.found is None else self.plan.most()
 
     def check_unchanged(self) -> None:
         """SourceError when a file that is read changed meanwhile."""
@@ -90,14 +98,14 @@ def convert_image(
                 settle = source.check_unchanged if isinstance(source, Source) else here.settle
                 report = confined.convert(here.file, target_path, chosen.name, asked, settle=settle, control=control)
             return replace(report, notes=(*(finding.message for finding in here.findings), *report.notes))
-    with planned(source, chosen, options, target=target_path, control=control) as conversion:
+    with planned(source, chosen, options, target=target_path, writing=True, control=control) as conversion:
         if options.dry_run:
             copied = copying.CopyResult(conversion.plan.data_bytes, 0, conversion.plan.file_size)
             report = make_report(conversion, target_path, copied, verified="not written")
         else:
-            copied, maps = _write(conversion, target_path, options, control)
+            done, copied, maps = _write(conversion, target_path, options, control)
             report = replace(
-                make_report(conversion, target_path, copied, verified=options.verify),
+                make_report(done, target_path, copied, verified=options.verify),
                 source_map=maps[0],
                 target_map=maps[1],
             )
@@ -116,10 +124,12 @@ def planned(
     target: Path | None = None,
     parent_file: LocalFile | None = None,
     opener: Opener = OPENER,
+    writing: bool = False,
     control: Control = SILENT,
 ) -> Iterator[PlannedConversion]:
     """Open and judge the source, and plan its conversion to the chosen format.
 
+    ``writing`` says that it will be carried out: a source that still arrives is not waited for then.
     ``target`` is the path that will be written, which a differencing disk's link to its parent is relative to.
     ``parent_file`` is ``options.parent``, where somebody else opened that.
     """
@@ -129,7 +139,8 @@ def planned(
             opened = source
         else:
             scratch = None if target is None else target.parent
-            asked = replace(reading(options, scratch=scratch, deep=True, later=True), opener=opener)
+            asked = reading(options, scratch=scratch, deep=True, later=True)
+            asked = replace(asked, opener=opener, whole=writing and not options.dry_run)
             file = source.file if isinstance(source, remote.Opened) else source
             file = file.again() if type(file) is LocalFile else file
             opened = stack.enter_context(open_source(file, asked, control=control))
@@ -145,23 +156,41 @@ def planned(
         with located(opened.file):
             size, notes = _disk_size(opened.image, options)
             image, more = _with_gpt(opened.image, size, fix=options.fix_gpt)
-            plan = build_plan(
-                image,
-                source_format=opened.format,
-                target_format=chosen.name,
-                options=writer_options(options, link),
-                virtual_size=size,
-                notes=notes + more,
-                parent=None if parent is None else parent.image,
-                limits=options.limits,
-                jobs=options.jobs,
-                control=control,
-            )
-            options.limits.check("output_bytes", bytes_to_write(plan, options), "the target would take")
-        yield PlannedConversion(opened, image, plan, parent)
+            asked_of_writer, notes = writer_options(options, link), notes + more
+            if writing and _as_it_comes(opened, options):
+                plan = draft_plan(image, opened.format, chosen.name, asked_of_writer, size, notes)
+                found = FoundBlocks(image, plan, options.limits, control)
+                conversion = PlannedConversion(opened, image, plan, found=found)
+            else:
+                plan = build_plan(
+                    image,
+                    source_format=opened.format,
+                    target_format=chosen.name,
+                    options=asked_of_writer,
+                    virtual_size=size,
+                    notes=notes,
+                    parent=None if parent is None else parent.image,
+                    limits=options.limits,
+                    jobs=options.jobs,
+                    control=control,
+                )
+                options.limits.check("output_bytes", bytes_to_write(plan, options), "the target would take")
+                conversion = PlannedConversion(opened, image, plan, parent)
+        yield conversion
         if opened.opened is not None and opened.opened.proof is not None:
             opened.opened.proof.settle()  # also of what only measured or planned
             opened.opened.forget()
+
+
+def _as_it_comes(source: Source, options: ConvertOptions) -> bool:
+    """Whether to copy while the rest of the source still arrives, instead of planning all of it first.
+
+    What is to be encoded, to be made room for, or compared with a parent, is planned first.
+    """
+    if options.dry_run or options.preallocate or options.parent is not None or options.compression is not None:
+        return False
+    coming = remote.arriving(source.file)
+    return coming is not None and not coming.all_here
 
 
 @contextmanager
@@ -342,31 +371,44 @@ def bytes_to_write(plan: ConversionPlan, options: ConvertOptions) -> int:
 
 def _write(
     conversion: PlannedConversion, target: Path, options: ConvertOptions, control: Control
-) -> tuple[copying.CopyResult, Maps]:
+) -> tuple[PlannedConversion, copying.CopyResult, Maps]:
     plan = conversion.plan
     check_space(target.parent, bytes_to_write(plan, options))
     with new_file(target) as pending:
         if options.preallocate:
             pending.file.preallocate(plan.file_size)
-        copied = carry_out(conversion, pending.file, options, control)
+        conversion, copied = carry_out(conversion, pending.file, options, control)
         if options.verify == "qemu-img":
             _verify_by_qemu_img(conversion, pending, options)
         maps = draw_maps(conversion, pending.file, options)
         conversion.check_unchanged()
         finish(pending, overwrite=options.overwrite, sync=options.sync, control=control)
-    return copied, maps
+    return conversion, copied, maps
 
 
 def carry_out(
     conversion: PlannedConversion, target: LocalFile, options: ConvertOptions, control: Control
-) -> copying.CopyResult:
-    """Copy to the empty file ``target``, read it back as far as we do that ourselves, look at the sources again."""
-    source, plan = conversion.source, conversion.plan
+) -> tuple[PlannedConversion, copying.CopyResult]:
+    """Copy to the empty file ``target``, read it back as far as we do that ourselves, look at the sources again.
+
+    Returns the conversion with its whole plan as well.
+    """
+    source, plan, found = conversion.source, conversion.plan, conversion.found
     with located(source.file):
         sums = Sums() if options.verify == "content" else None
         copied = copying.copy_image(
-            plan, conversion.image, source.file, target, jobs=options.jobs, sums=sums, control=control
+            plan,
+            conversion.image,
+            source.file,
+            target,
+            jobs=options.jobs,
+            sums=sums,
+            found=found,
+            control=control,
         )
+    if found is not None:
+        plan = found.plan()
+        conversion = replace(conversion, plan=plan, found=None)
     conversion.check_unchanged()
     if options.verify != "none":
         verify_structure(plan, target, file_size=copied.file_size)
@@ -375,7 +417,7 @@ def carry_out(
         known = () if sums is None else sums.parts()
         verify_content(conversion.image, written, known=known, jobs=options.jobs, control=control)
         conversion.check_unchanged()
-    return copied
+    return conversion, copied
 
 
 def draw_maps(conversion: PlannedConversion, target: LocalFile, options: ConvertOptions) -> Maps:

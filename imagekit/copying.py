@@ -13,7 +13,7 @@ Nothing here opens a file, chooses a format or decides what to copy.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from imagekit.formats import registry
@@ -48,12 +48,14 @@ class _Counter:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.chunks = 0
+        self.reached = 0
         self.data = 0
         self.kernel = 0
 
-    def add(self, chunk: int, data: int, kernel: int) -> None:
+    def add(self, start: int, chunk: int, data: int, kernel: int) -> None:
         with self._lock:
             self.chunks += chunk
+            self.reached = max(self.reached, start + chunk)
             self.data += data
             self.kernel += kernel
 
@@ -83,27 +85,36 @@ def copy_image(
     *,
     jobs: int | None = None,
     sums: Sums | None = None,
+    found: Iterable[tuple[int, int]] | None = None,
     control: Control = SILENT,
 ) -> CopyResult:
-    """:func:`run` with the image already open in ``source``. ``sums`` gets the checksums of what was read."""
+    """:func:`run` with the image already open in ``source``. ``sums`` gets the checksums of what was read.
+
+    ``found`` gives the blocks of a draft (imagekit.plan.FoundBlocks), which are copied as they are found.
+    """
     layout = plan.layout()
-    target.truncate(plan.file_size)
-    counter, total = _Counter(), plan.data_bytes
+    counter, total = _Counter(), plan.data_bytes if found is None else 0
     jobs = jobs or usable_cores()
+    if found is None:
+        target.truncate(plan.file_size)
 
     def tick() -> None:
-        control.tell("copy", counter.chunks, total)
+        control.tell("copy", counter.chunks if total else counter.reached, total or plan.source_virtual_size)
 
     if isinstance(layout, EncodedLayout):
         _copy_encoded(plan, layout, image, target, counter, jobs=jobs, control=control, tick=tick)
     else:
+        lane = threading.Lock()
         run_workers(
-            chunks(plan, layout),
-            lambda: _make_copier(image, source, target, layout, counter, sums),
+            chunks(plan, layout, found),
+            lambda: _make_copier(image, source, target, layout, counter, sums, lane),
             jobs=jobs,
             control=control,
             tick=tick,
         )
+    if found is not None:
+        target.truncate(layout.file_size)
+        control.tell("copy", plan.source_virtual_size, plan.source_virtual_size)
     for offset, data in layout.metadata():
         target.pwrite(offset, data)
     return CopyResult(counter.data, counter.kernel, layout.file_size)
@@ -113,7 +124,13 @@ def copy_image(
 
 
 def _make_copier(
-    image: DiskImage, source: File, target: File, layout: Layout, counter: _Counter, sums: Sums | None
+    image: DiskImage,
+    source: File,
+    target: File,
+    layout: Layout,
+    counter: _Counter,
+    sums: Sums | None,
+    lane: threading.Lock,
 ) -> Callable[[Chunk], None]:
     buffer = memoryview(bytearray(CHUNK))
 
@@ -145,12 +162,13 @@ def _make_copier(
             target.pwrite(chunk.target - len(prefix), prefix)
             prefix = b""
         if by_kernel:
-            copied = _copy_by_kernel(extents, chunk, source, target)
+            with lane:  # the kernel lets in one writer of a file at a time: a second one would only spin
+                copied = _copy_by_kernel(extents, chunk, source, target)
         if copied < data:
             for start, length in _behind(extents, copied):
                 through_buffer(start, length, chunk.target + start - chunk.start, prefix)
                 prefix = b""
-        counter.add(chunk.length, data, copied)
+        counter.add(chunk.start, chunk.length, data, copied)
 
     return copy
 
@@ -260,7 +278,7 @@ def _make_encoder(
             return
         for at, pieces in _side_by_side(places, stored):
             target.pwrite(at, *pieces)
-        counter.add(inside, size * sum(len(data) > 0 for data in stored), 0)
+        counter.add(start, inside, size * sum(len(data) > 0 for data in stored), 0)
 
     return encode
 

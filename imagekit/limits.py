@@ -67,14 +67,18 @@ class Limits:
 
     def counted(self, runs: Iterable[Item]) -> Iterator[Item]:
         """The runs of blocks of a plan, as long as they fit into the memory for metadata."""
-        most = self.metadata_memory // RUN_MEMORY
         for number, run in enumerate(runs):
-            if number >= most:
-                raise over_limit(
-                    "metadata_memory",
-                    f"the plan has more than {most} runs of blocks, which take {self.metadata_memory} bytes",
-                )
+            self.check_runs(number)
             yield run
+
+    def check_runs(self, number: int) -> None:
+        """UnsafeImage when one more than ``number`` runs of blocks do not fit into the memory for metadata."""
+        most = self.metadata_memory // RUN_MEMORY
+        if number >= most:
+            raise over_limit(
+                "metadata_memory",
+                f"the plan has more than {most} runs of blocks, which take {self.metadata_memory} bytes",
+            )
 
 
 DEFAULT = Limits()

@@ -10,7 +10,7 @@ copy of one image give the same target. Compressed clusters count as data: nobod
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, TypeAlias
 from uuid import UUID
 
@@ -24,6 +24,7 @@ from imagekit.formats.base import (
     DiskImage,
     Extent,
     File,
+    ImageWriter,
     KiB,
     Layout,
     MiB,
@@ -34,7 +35,7 @@ from imagekit.limits import DEFAULT as DEFAULT_LIMITS
 from imagekit.limits import Limits
 from imagekit.pictures import MOST_CELLS
 from imagekit.progress import SILENT, Control
-from imagekit.records import dataclass, field
+from imagekit.records import dataclass, field, replace
 from imagekit.workers import run as run_workers
 from imagekit.workers import usable_cores
 
@@ -160,8 +161,18 @@ class ConversionPlan:
 
     def layout(self) -> Layout:
         """Where everything will lie in the target."""
-        writer = registry.find(self.target_format).writer(self.virtual_size, self.writer_options)
-        return writer.layout(self.blocks)
+        return self._writer().layout(self.blocks)
+
+    def with_blocks(self, blocks: BlockRuns) -> ConversionPlan:
+        """The same with other blocks."""
+        return replace(self, blocks=blocks, file_size=self._writer().layout(blocks).file_size)
+
+    def most(self) -> int:
+        """Length of the target if all its blocks held data."""
+        return self._writer().layout(((0, -(-self.virtual_size // self.block_size)),)).file_size
+
+    def _writer(self) -> ImageWriter:
+        return registry.find(self.target_format).writer(self.virtual_size, self.writer_options)
 
     def to_json(self) -> dict[str, JSON]:
         from dataclasses import asdict  # which loads inspect
@@ -195,24 +206,36 @@ def build_plan(
 
     ``virtual_size`` is the target's, a multiple of its sector size; the source's, rounded up, unless given.
     """
-    chosen = registry.find(target_format)
     if virtual_size is None:
         virtual_size, notes = target_size(image.virtual_size)
+    draft = draft_plan(image, source_format, target_format, options, virtual_size, notes)
+    if parent is None:
+        found = find_blocks(image, draft.block_size, jobs=jobs, control=control)
+    else:
+        found = find_differences(image, parent, draft.block_size, control=control)
+    return draft.with_blocks(tuple(limits.counted(found)))
+
+
+def draft_plan(
+    image: DiskImage,
+    source_format: str,
+    target_format: str,
+    options: WriterOptions,
+    virtual_size: int,
+    notes: tuple[str, ...] = (),
+) -> ConversionPlan:
+    """All that is decided before a look at the content: a plan without blocks."""
+    chosen = registry.find(target_format)
     check_options(chosen, options)
     writer = chosen.writer(virtual_size, options)
-    if parent is None:
-        found = find_blocks(image, writer.block_size, jobs=jobs, control=control)
-    else:
-        found = find_differences(image, parent, writer.block_size, control=control)
-    blocks = tuple(limits.counted(found))
     return ConversionPlan(
         source_format=source_format,
         source_virtual_size=image.virtual_size,
         target_format=chosen.name,
         virtual_size=virtual_size,
         block_size=writer.block_size,
-        blocks=blocks,
-        file_size=writer.layout(blocks).file_size,
+        blocks=(),
+        file_size=writer.layout().file_size,
         writer_options=options,
         notes=notes,
     )
@@ -257,6 +280,43 @@ def find_blocks(
     """Runs (first, count) of blocks that hold something other than zeros."""
     yield from _joined(_blocks_with_data(image, block_size, _Probe(image, jobs or usable_cores(), control)))
     control.tell("plan", image.virtual_size, image.virtual_size)
+
+
+class FoundBlocks:
+    """The blocks with data of a disk that still arrives, each handed out as soon as it is known to be one."""
+
+    def __init__(self, image: DiskImage, plan: ConversionPlan, limits: Limits, control: Control) -> None:
+        self._image = image
+        self._plan = plan
+        self._limits = limits
+        # In one thread and one by one: what is looked at comes no faster than the network brings it.
+        self._probe = _Probe(image, 1, replace(control, callback=None), together=1)
+        self._runs: list[tuple[int, int]] = []
+        self._known = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """(first, count) in order, neighbours not joined; UnsafeImage when they are more than the limits allow."""
+        size, total = self._plan.block_size, 0
+        for start, end in _blocks_with_data(self._image, size, self._probe):
+            first = max(start, self._known)
+            if first >= end:
+                continue
+            self._note(first, end)
+            total += min(end * size, self._image.virtual_size) - first * size
+            self._limits.check("output_bytes", total, "the target would take")
+            yield first, end - first
+
+    def _note(self, first: int, end: int) -> None:
+        if self._runs and self._known == first:
+            self._runs[-1] = (self._runs[-1][0], end)
+        else:
+            self._limits.check_runs(len(self._runs))
+            self._runs.append((first, end))
+        self._known = end
+
+    def plan(self) -> ConversionPlan:
+        """The plan that was carried out meanwhile."""
+        return self._plan.with_blocks(tuple((first, end - first) for first, end in self._runs))
 
 
 def find_differences(
@@ -333,7 +393,7 @@ def _blocks_with_data(image: DiskImage, block_size: int, probe: _Probe) -> Itera
         for block in range(max(first, known), end):
             start, stop = max(extent.start, block * block_size), min(extent.end, (block + 1) * block_size)
             looks.append((block, start, stop, file, start + move))
-            if len(looks) == LOOKS:
+            if len(looks) == probe.together:
                 for found in probe.decided(looks):
                     yield found
                     known = found[1]
@@ -344,7 +404,8 @@ def _blocks_with_data(image: DiskImage, block_size: int, probe: _Probe) -> Itera
 class _Probe:
     """Looks whether ranges hold anything but zeros, and at the caller's wishes meanwhile."""
 
-    def __init__(self, image: DiskImage, jobs: int, control: Control) -> None:
+    def __init__(self, image: DiskImage, jobs: int, control: Control, *, together: int = LOOKS) -> None:
+        self.together = together
         self._image = image
         self._jobs = jobs
         self._control = control
@@ -405,11 +466,14 @@ def _nothing() -> None:
     return None
 
 
-def chunks(plan: ConversionPlan, layout: Layout) -> Iterator[Chunk]:
-    """The tasks of the copy, in the order of the source: what lies side by side in source and target, to a limit."""
+def chunks(plan: ConversionPlan, layout: Layout, found: Iterable[tuple[int, int]] | None = None) -> Iterator[Chunk]:
+    """The tasks of the copy, in the order of the source: what lies side by side in source and target, to a limit.
+
+    ``found`` are the blocks of a draft (:class:`FoundBlocks`); the layout gives them their places now.
+    """
     size = plan.block_size
-    for at, length in plan.spans():
-        start, end = at, at + length
+    for first, count in plan.blocks if found is None else found:
+        start, end = first * size, min((first + count) * size, plan.source_virtual_size)
         while start < end:
             block, inside = divmod(start, size)
             target = layout.place(block) + inside

@@ -332,6 +332,12 @@ def complete(file: LocalFile) -> None:
         coming.complete()
 
 
+def want_all(file: LocalFile) -> None:
+    """All of the file will be read: what is missing may be fetched while nobody waits for it."""
+    if (coming := arriving(file)) is not None:
+        coming.want_all()
+
+
 def arriving(file: LocalFile) -> Arriving | None:
     """The file, where its bytes may still be coming."""
     if type(file) is LocalFile:  # most are; the modules for the others are loaded only when used

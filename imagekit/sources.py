@@ -138,6 +138,9 @@ class Reading:
     """Whether the caller settles (:meth:`Source.check_unchanged`) before anything comes of the source: a checksum
     is computed meanwhile then, not before."""
 
+    whole: bool = False
+    """Whether all of the source will be read if it is sound: then it is fetched while its tables are looked at."""
+
     def enforce(self, findings: list[policy.Finding], file: LocalFile) -> None:
         if self.allow is not None:
             answered = policy.REFERENCES if self.following is not None else frozenset()
@@ -273,6 +276,8 @@ def _judged(file: LocalFile, reading: Reading, control: Control, above: tuple[Fi
     findings += policy.judge_info(stated)
     findings += policy.judge_limits(stated, reading.limits)
     reading.enforce(findings, file)
+    if reading.whole:
+        remote.want_all(file)
     if reading.deep:
         findings += _structure(chosen, file, image, control, refuse=reading.allow is not None)
         reading.enforce(findings, file)
