@@ -5,8 +5,7 @@ The file itself is the data, whatever the descriptor inside it says; what that s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 from imagekit.errors import CorruptImage, InvalidImage
 from imagekit.formats.base import (
@@ -41,10 +40,6 @@ from imagekit.formats.vmdk_info import check_readable, sparse_info
 from imagekit.formats.vmdk_stream import FOOTER_BYTES, GRAIN_MARKER_BYTES, Marker, check_footer, inflate
 from imagekit.formats.vmdk_tables import COMPRESSED, HOLE, PLAIN, GrainTables, Run
 from imagekit.records import replace
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 SPAN_BYTES = 128 * KiB
 """Compressed neighbours are read by one pread up to this much."""
@@ -142,7 +137,7 @@ class SparseImage(DiskImage):
         """The bytes of a compressed run, a grain or what the run has of it at a time."""
         left = run.length
         index, inside = divmod(run.start, self.layout.grain)
-        for group, blob in self._grouped(run.offsets):
+        for group, blob in self._grouped(run.sectors):
             for offset in group:
                 try:
                     out = self._inflate(blob[offset - group[0] :], index)
@@ -154,11 +149,11 @@ class SparseImage(DiskImage):
                 left, index, inside = left - len(piece), index + 1, 0
                 yield piece
 
-    def _grouped(self, offsets: NDArray[np.int64]) -> Iterator[tuple[list[int], memoryview]]:
+    def _grouped(self, sectors: Sequence[int]) -> Iterator[tuple[list[int], memoryview]]:
         """Neighbours in the file, each group with its bytes, read at once."""
         reach = 2 * self.layout.grain + SECTOR
         group: list[int] = []
-        for offset in offsets.tolist():
+        for offset in [sector * SECTOR for sector in sectors]:
             if group and not (group[-1] <= offset <= group[-1] + reach and offset - group[0] < SPAN_BYTES):
                 yield group, self._blob(group, reach)
                 group = []
@@ -200,7 +195,7 @@ class SparseImage(DiskImage):
             first = 0
             while (first := self.tables.next_table(first, layout.tables)) < layout.tables:
                 count = min(self.tables.per_window, layout.tables - first)
-                for offset in self.tables.directory(first, count, backup=backup).tolist():
+                for offset in self.tables.directory(first, count, backup=backup):
                     if offset:
                         yield Range(offset, layout.table_bytes, "redundant grain table" if backup else "grain table")
                 first += count
@@ -209,7 +204,7 @@ class SparseImage(DiskImage):
         """(offset, length) of the grains in the file: of neighbours together, or as its marker says of each."""
         for run in self.tables.runs(0, self.virtual_size):
             if run.kind == COMPRESSED:
-                for offset in run.offsets.tolist():
+                for offset in [sector * SECTOR for sector in run.sectors]:
                     marker = Marker.parse(self.file.pread(offset, GRAIN_MARKER_BYTES))
                     yield offset, GRAIN_MARKER_BYTES + marker.size
             elif run.kind == PLAIN:

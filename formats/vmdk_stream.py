@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from array import array
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -26,13 +27,11 @@ from imagekit.formats.base import SECTOR, Buffer, ImageInfo, KiB, MiB, round_up
 from imagekit.formats.vmdk_descriptor import Descriptor
 from imagekit.formats.vmdk_header import AT_END, TRUNCATED, GrainLayout, HostedHeader
 from imagekit.formats.vmdk_info import check_readable, sparse_info
+from imagekit.formats.words import differing, is_zero, packed, used, words32
 from imagekit.records import dataclass
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Entries = NDArray[np.uint32]
+    from imagekit.formats.words import Words
 
 Read: TypeAlias = Callable[[int], bytes]
 """Up to so many bytes; none only at the end."""
@@ -46,6 +45,9 @@ MAX_WAITING = 64 * MiB
 
 MAX_SPARE = 64 * KiB
 """Unused bytes of a grain directory, and a piece of what is behind the end."""
+
+PIECE = 16384
+"""Entries of a grain directory that are compared at once."""
 
 _MARKER = struct.Struct("<QII")
 GRAIN_MARKER_BYTES = 12
@@ -255,56 +257,65 @@ def read_stream(read: Read, name: str = "-") -> GrainStream:
 # --- what the tables say of the grains -------------------------------------------------------------------------
 
 
+def _table(front: bytes, place: int, layout: GrainLayout) -> bytes:
+    return front[place : place + layout.table_bytes]
+
+
+def _grains(table: bytes, layout: GrainLayout) -> Words:
+    """The entries of a table, 0 where one leads to no grain."""
+    entries = words32(table, "little")
+    if layout.zero_grains:
+        entries = array("I", [0 if entry == 1 else entry for entry in entries])
+    return entries
+
+
 class _TablesFirst:
     """The tables lie before the grains: each grain is crossed off where a table has it."""
 
     may_just_end = True
 
     def __init__(self, layout: GrainLayout, front: bytes) -> None:
-        import numpy as np
-
         self._layout = layout
-        self._waiting: dict[int, Entries] = {}
+        self._waiting: dict[int, Words] = {}
+        self._left: dict[int, int] = {}
+        """How many grains of a table are still to come."""
+
         own = self._read(front, layout.directory)
         if layout.backup is not None:
             other = self._read(front, layout.backup)
             for number in sorted(own.keys() | other.keys()):
                 one, two = own.get(number), other.get(number)
-                if one is None or two is None or not np.array_equal(one, two):
+                if one is None or two is None or _table(front, one, layout) != _table(front, two, layout):
                     raise CorruptImage(f"the two grain directories lead to different tables {number}")
-        for number, table in own.items():
-            entries = table[: layout.grains - number * layout.per_table].copy()
-            if layout.zero_grains:
-                entries[entries == 1] = 0
-            if entries.any():
-                self._waiting[number] = entries
+        for number, place in own.items():
+            entries = _grains(_table(front, place, layout), layout)[: layout.grains - number * layout.per_table]
+            if left := len(entries) - entries.count(0):
+                self._waiting[number], self._left[number] = entries, left
 
-    def _read(self, front: bytes, directory: int) -> dict[int, Entries]:
-        """The tables of a directory that hold anything."""
-        import numpy as np
-
+    def _read(self, front: bytes, directory: int) -> dict[int, int]:
+        """Where the tables of a directory lie that hold anything."""
         layout = self._layout
-        inside = directory + layout.tables * 4 <= len(front)
-        places = np.frombuffer(front, "<u4", layout.tables, directory).astype(np.int64) * SECTOR if inside else None
-        if places is None or (places > len(front) - layout.table_bytes).any():
+        end = directory + layout.tables * 4
+        places = words32(front[directory:end], "little") if end <= len(front) else None
+        if places is None or max(places) * SECTOR > len(front) - layout.table_bytes:
             raise UnsupportedFeature(
                 "the grain tables lie behind the data, their directory before it", hint="save it to a file first"
             )
-        used = np.flatnonzero(places).tolist()
-        if len(used) * layout.table_bytes > len(front):
-            raise CorruptImage(f"{len(used)} grain tables in {len(front)} bytes: they overlap")
-        tables = ((number, np.frombuffer(front, "<u4", layout.per_table, int(places[number]))) for number in used)
-        return {number: entries for number, entries in tables if entries.any()}
+        there = {number: places[number] * SECTOR for number in used(places)}
+        if len(there) * layout.table_bytes > len(front):
+            raise CorruptImage(f"{len(there)} grain tables in {len(front)} bytes: they overlap")
+        return {number: place for number, place in there.items() if not is_zero(_table(front, place, layout))}
 
     def take(self, index: int, sector: int) -> None:
         """A grain came by; CorruptImage unless a table has it just there."""
         number, slot = divmod(index, self._layout.per_table)
         entries = self._waiting.get(number)
-        if entries is None or int(entries[slot]) != sector:
+        if entries is None or entries[slot] != sector:
             raise CorruptImage(f"grain {index} lies where no grain table has it, or comes twice")
         entries[slot] = 0
-        if not entries.any():
-            del self._waiting[number]
+        self._left[number] -= 1
+        if not self._left[number]:
+            del self._waiting[number], self._left[number]
 
     def metadata(self, marker: Marker, source: _Input) -> None:
         raise CorruptImage(f"a marker of type {marker.type} behind the data, where the tables were before it")
@@ -312,7 +323,7 @@ class _TablesFirst:
     def finish(self) -> None:
         if self._waiting:
             number = min(self._waiting)
-            grain = number * self._layout.per_table + int(self._waiting[number].nonzero()[0][0])
+            grain = number * self._layout.per_table + next(used(self._waiting[number]))
             raise CorruptImage(f"the stream ends, and grain {grain} is missing", hint=TRUNCATED)
 
 
@@ -322,8 +333,6 @@ class _TablesLast:
     may_just_end = False
 
     def __init__(self, header: HostedHeader, layout: GrainLayout) -> None:
-        import numpy as np
-
         if layout.backup is not None:
             raise UnsupportedFeature("a redundant grain directory behind the data", hint="save it to a file first")
         if layout.tables * 4 > MAX_WAITING:
@@ -333,11 +342,11 @@ class _TablesLast:
             )
         self._header = header
         self._layout = layout
-        self._waiting: dict[int, Entries] = {}
+        self._waiting: dict[int, Words] = {}
         self._first: dict[int, int] = {}
         """By the sector of the grain that came first of a table: the number of the table."""
 
-        self._located: Entries = np.zeros(layout.tables, dtype=np.uint32)
+        self._located = array("I", [0]) * layout.tables
         self._empty: set[int] = set()
         """Sectors of tables without a grain, which any table without a grain may be."""
 
@@ -346,8 +355,6 @@ class _TablesLast:
 
     def take(self, index: int, sector: int) -> None:
         """A grain came by; CorruptImage when it did before, or after its table."""
-        import numpy as np
-
         number, slot = divmod(index, self._layout.per_table)
         if self._directory is not None or self._located[number] or sector > 0xFFFFFFFF:
             raise CorruptImage(f"grain {index} comes behind its grain table, or where no table can point to")
@@ -355,7 +362,7 @@ class _TablesLast:
         if entries is None:
             if len(self._waiting) * self._layout.table_bytes >= MAX_WAITING:
                 raise UnsupportedFeature("the grain tables come too late", hint="save it to a file first")
-            entries = self._waiting[number] = np.zeros(self._layout.per_table, dtype=np.uint32)
+            entries = self._waiting[number] = array("I", [0]) * self._layout.per_table
             self._first[sector] = number
         if entries[slot]:
             raise CorruptImage(f"grain {index} comes twice")
@@ -382,29 +389,28 @@ class _TablesLast:
             self._check_footer(data)
 
     def _table(self, data: bytes, sector: int) -> None:
-        import numpy as np
-
-        entries = np.frombuffer(data, "<u4", self._layout.per_table).copy()
-        if self._layout.zero_grains:
-            entries[entries == 1] = 0
-        if not entries.any():
+        entries = _grains(data[: self._layout.table_bytes], self._layout)
+        if not any(entries):
             self._empty.add(sector)
             return
-        first = next((one for one in entries.tolist() if one in self._first), None)
+        first = next(filter(self._first.__contains__, entries), None)
         number = None if first is None else self._first.pop(first)
-        if number is None or not np.array_equal(self._waiting.pop(number), entries):
+        if number is None or self._waiting.pop(number) != entries:
             raise CorruptImage("a grain table does not say where the grains before it lie")
         self._located[number] = sector
 
     def _grain_directory(self, data: bytes, sector: int) -> None:
-        import numpy as np
-
-        entries = np.frombuffer(data, "<u4", len(self._located))
-        if any(data[entries.nbytes :]):
+        if any(data[len(self._located) * 4 :]):
             raise CorruptImage("the grain directory has more entries than the disk")
-        for number in np.flatnonzero(entries != self._located).tolist():
-            if self._located[number] or int(entries[number]) not in self._empty:
-                raise CorruptImage(f"the grain directory does not say where grain table {number} lies")
+        for first in range(0, len(self._located), PIECE):
+            located = self._located[first : first + PIECE]
+            piece = data[first * 4 : (first + len(located)) * 4]
+            if piece == packed(located, "little"):
+                continue
+            entries = words32(piece, "little")
+            for at in differing(entries, located):
+                if located[at] or entries[at] not in self._empty:
+                    raise CorruptImage(f"the grain directory does not say where grain table {first + at} lies")
         if self._waiting:
             raise CorruptImage(f"the grain directory comes before grain table {min(self._waiting)}")
         self._directory = sector

@@ -80,6 +80,23 @@ def test_the_sparse_files_of_esx_have_tables_of_4096_grains() -> None:
         assert content(sparse(made.data)) == recipe.content()
 
 
+def test_grains_that_lie_side_by_side_are_one_extent_however_many() -> None:
+    """Tables are looked through in pages of 512 entries; a number's lower bits wrap at 4096 grains."""
+    numbers = range(300, 5000)
+    recipe = Recipe(size=5000 * 4096, grains={at: at.to_bytes(4, "little") * 1024 for at in numbers}, grain_sectors=8)
+    for made in (hosted(recipe), cowd(recipe), sesparse(recipe)):
+        image = sparse(made.data)
+        assert [(one.start // 4096, one.length // 4096, one.offset) for one in image.extents()] == [
+            (0, 300, None),
+            (300, 4700, made.grains[300]),
+        ]
+        assert content(image) == recipe.content()
+    assert [(one.length // 4096, one.data) for one in sparse(stream(recipe).data).extents()] == [
+        (300, False),
+        (4700, True),
+    ]
+
+
 def test_grains_are_data_at_their_offset_and_the_rest_is_not_there() -> None:
     made = hosted(dataclasses.replace(RECIPE, grains={**THREE, 3: None}, version=2))
     extents = [

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from fixtures.vmdk_images import Recipe, cowd, descriptor, hosted, qemu_stream, sesparse, sesparse_entry, stream
 from imagekit.errors import CorruptImage
+from imagekit.formats import vmdk_check
 from imagekit.formats.base import Problem
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.vmdk import FORMAT
@@ -113,3 +116,13 @@ def test_what_cannot_be_followed_ends_the_check() -> None:
     made = hosted(RECIPE)
     with pytest.raises(CorruptImage, match="grain 2 should lie at"):
         check(made.poked(made.entry(2), 1 << 20).data)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9), st.sampled_from("ab"))), st.integers(1, 5))
+def test_claims_come_sorted_however_many_are_sorted_at_once(parts: list[tuple[int, int, str]], at_once: int) -> None:
+    with mock.patch.object(vmdk_check, "SORTED_AT_ONCE", at_once):
+        claims = vmdk_check._Claims()
+        for part in parts:
+            claims.add(*part)
+        found = list(claims)
+    assert found == sorted(((at, at + length, kind) for at, length, kind in parts), key=lambda one: one[0])
