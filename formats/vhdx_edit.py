@@ -33,6 +33,7 @@ from imagekit.formats.vhdx_header import (
     Region,
     with_checksum,
 )
+from imagekit.formats.vhdx_ids import uuid5
 from imagekit.formats.vhdx_image import VhdxImage
 from imagekit.formats.vhdx_metadata import ENTRY_SIZE, TABLE_SIZE
 from imagekit.records import replace
@@ -263,7 +264,7 @@ class Edit:
 
 def derived(old: bytes, field: str, what: str) -> bytes:
     """The GUID that follows ``old`` when ``what`` is done."""
-    return uuid.uuid5(uuid.UUID(bytes_le=old), f"{field} {what}").bytes_le
+    return uuid5(uuid.UUID(bytes_le=old), f"{field} {what}").bytes_le
 
 
 def zeros_over(file: File, start: int, end: int) -> Iterator[Change]:

@@ -40,6 +40,7 @@ from imagekit.formats.vhdx_header import (
     Region,
     RegionTable,
 )
+from imagekit.formats.vhdx_ids import uuid5
 from imagekit.formats.vhdx_metadata import (
     ABSOLUTE_PATH,
     ENTRY_SIZE,
@@ -153,9 +154,7 @@ class VhdxLayout:
 
     def metadata(self) -> Iterator[tuple[int, bytes]]:
         yield 0, FileIdentifier(CREATOR).pack()
-        file_guid, data_guid = (
-            uuid.uuid5(self._identifier, name).bytes_le for name in ("FileWriteGuid", "DataWriteGuid")
-        )
+        file_guid, data_guid = (uuid5(self._identifier, name).bytes_le for name in ("FileWriteGuid", "DataWriteGuid"))
         for sequence, offset in enumerate(HEADER_OFFSETS, 1):
             yield offset, Header(sequence, file_guid, data_guid, log_offset=LOG_OFFSET).pack()
         table = RegionTable(

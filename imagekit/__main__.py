@@ -1,6 +1,6 @@
 """``python -m imagekit``."""
 
-from imagekit.cli import main
+from imagekit.cli import program
 
 if __name__ == "__main__":
-    main()
+    program()

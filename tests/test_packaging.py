@@ -78,7 +78,7 @@ def test_the_wheel_carries_the_licence_and_the_command(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         assert f"{DIST}.dist-info/licenses/LICENSE" in archive.namelist()
         commands = archive.read(f"{DIST}.dist-info/entry_points.txt").decode()
-    assert "imagekit = imagekit.cli:main" in commands
+    assert "imagekit = imagekit.cli:program" in commands
     assert "imagekit = imagekit.glance_plugin:get_flow" in commands.partition("[glance.image_import.plugins]")[2]
 
 

@@ -107,7 +107,8 @@ def run(arguments: list[str]) -> int:
     try:
         wanted = arguments[0] if arguments and COMPLETE_VARIABLE not in os.environ else ""
         code = application(wanted)(args=arguments, prog_name="imagekit", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed before we began
+            sys.stdout.flush()
         if code == INTERRUPTED:  # typer has caught Ctrl-C itself
             raise KeyboardInterrupt
         return int(code or 0)
