@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import threading
 import uuid
+from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -43,22 +44,22 @@ from imagekit.formats.base import (
 )
 from imagekit.formats.raw import read_flat
 from imagekit.formats.vdi_header import HEAD_BYTES, HEADER_OFFSET, SIGNATURE, SIGNATURE_OFFSET, SUBFORMATS, VdiHeader
+from imagekit.formats.words import differing, words32
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from imagekit.formats.words import Words
 
 FREE, ZERO = 0xFFFFFFFF, 0xFFFFFFFE
 """Map entries of blocks that were never written, and that were discarded; both read as zero."""
 
 NOT_THERE, READS_AS_ZERO = -1, -2
-"""What the two are in a decoded map."""
+"""What the two are among file offsets."""
 
 TEXTS = (b"<<< Orac", b"<<< Sun ", b"<<< inno", b"<<< QEMU")
 """How the text before the signature begins, by who wrote it: enough of it that no disk begins so."""
 
 WINDOW = 1 << 14
-"""Map entries that are decoded together: 64 KiB of the file."""
+"""Map entries that are read together: 64 KiB of the file."""
 
 WINDOWS_KEPT = 64
 LISTED = 100
@@ -73,7 +74,7 @@ class VdiImage(DiskImage):
         self.virtual_size = self.header.virtual_size
         self._size = file.size
         self._lock = threading.Lock()
-        self._cache: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
+        self._cache: OrderedDict[int, Words] = OrderedDict()
 
     @property
     def container(self) -> File:
@@ -109,69 +110,67 @@ class VdiImage(DiskImage):
 
     # --- the block map ---------------------------------------------------------------------------------------
 
-    def window(self, number: int) -> NDArray[np.int64]:
-        """File offsets of the blocks from ``number * WINDOW`` on, or one of the two negative values."""
+    def window(self, number: int) -> Words:
+        """The map's entries from ``number * WINDOW`` on that the guest can reach; all of them lie in the file."""
         with self._lock:
             found = self._cache.get(number)
             if found is not None:
                 self._cache.move_to_end(number)
                 return found
-        found = self._read_window(number)
+        found = self.entries(number, self.header.blocks_needed)
+        self._check_places(number * WINDOW, found)
         with self._lock:
             self._cache[number] = found
             while len(self._cache) > WINDOWS_KEPT:
                 self._cache.popitem(last=False)
         return found
 
-    def entries(self, number: int, end: int) -> NDArray[np.int64]:
+    def entries(self, number: int, end: int) -> Words:
         """The map's entries from ``number * WINDOW`` on, before ``end``, as stored."""
-        import numpy as np
-
         first = number * WINDOW
         count = min(WINDOW, end - first)
         raw = read_exactly(self.file, self.header.map_offset + first * 4, count * 4, "the block map")
-        return np.frombuffer(raw, "<u4").astype(np.int64)
+        return words32(raw, "little")
 
-    def _read_window(self, number: int) -> NDArray[np.int64]:
-        import numpy as np
-
-        header, first = self.header, number * WINDOW
-        entries = self.entries(number, header.blocks_needed)
-        seen = np.full(len(entries), header.block_size, dtype=np.int64)
-        if first + len(entries) == header.blocks_needed:
-            seen[-1] = self.virtual_size - (header.blocks_needed - 1) * header.block_size
-        offsets = header.data_offset + entries * header.block_size
-        used = entries < ZERO
-        wrong = np.flatnonzero(used & (offsets + seen > self._size))
-        if len(wrong):
-            index = int(wrong[0])
-            at = int(offsets[index])
-            raise CorruptImage(
-                f"block {first + index} should lie at {at:#x}..{at + int(seen[index]):#x}, but the file ends at "
-                f"{self._size:#x}",
-                hint="the file looks damaged or truncated; fetch it again and compare its checksum",
-                path=self.file.name,
-                offset=header.map_offset + (first + index) * 4,
-            )
-        return np.where(used, offsets, np.where(entries == FREE, NOT_THERE, READS_AS_ZERO))
+    def _check_places(self, first: int, entries: Words) -> None:
+        """CorruptImage where one of the blocks from ``first`` on does not lie in the file with all of its bytes."""
+        header = self.header
+        size, room = header.block_size, self._size - header.data_offset
+        last = header.blocks_needed - 1
+        rest = self.virtual_size - last * size  # bytes of the last block
+        for entry in entries[-1:] if _is_one_run(entries) else set(entries):
+            if entry < ZERO and (entry + 1) * size > room:
+                break
+        else:
+            return
+        for index, entry in enumerate(entries):
+            seen = rest if first + index == last else size
+            if entry < ZERO and entry * size + seen > room:
+                at = header.data_offset + entry * size
+                raise CorruptImage(
+                    f"block {first + index} should lie at {at:#x}..{at + seen:#x}, but the file ends at "
+                    f"{self._size:#x}",
+                    hint="the file looks damaged or truncated; fetch it again and compare its checksum",
+                    path=self.file.name,
+                    offset=header.map_offset + (first + index) * 4,
+                )
 
     # --- the guest's view ------------------------------------------------------------------------------------
 
     def _runs(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """(start, length, file offset or a negative value) that cover exactly the range."""
-        import numpy as np
-
-        size = self.header.block_size
+        header, size = self.header, self.header.block_size
         while start < end:
             number, inside = divmod(start // size, WINDOW)
             base = number * WINDOW * size
             part = self.window(number)[inside : -(-(end - base) // size)]
-            follows = (part[1:] == part[:-1]) & (part[1:] < 0) | (part[:-1] >= 0) & (part[1:] == part[:-1] + size)
-            edges = np.concatenate(([0], np.flatnonzero(~follows) + 1, [len(part)])).tolist()
-            for one, other in pairwise(edges):
+            for one, other in _runs_of(part):
                 stop = min(end, base + (inside + other) * size)
-                place = int(part[one])
-                yield start, stop - start, place if place < 0 else place + start - base - (inside + one) * size
+                if part[one] < ZERO:
+                    place = header.data_offset + part[one] * size + start - base - (inside + one) * size
+                else:
+                    place = NOT_THERE if part[one] == FREE else READS_AS_ZERO
+                yield start, stop - start, place
                 start = stop
 
     def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extent]:
@@ -206,52 +205,85 @@ class VdiImage(DiskImage):
         self.file.close()
 
 
+def _is_one_run(entries: Words) -> bool:
+    """Whether these blocks follow each other in the file, or there is none of them, for one reason."""
+    first, count = entries[0], len(entries)
+    if first >= ZERO:
+        return entries.tobytes() == entries[:1].tobytes() * count
+    if first + count - 1 != entries[-1] or entries[-1] >= ZERO:
+        return False
+    return entries.tobytes() == array("I", range(first, first + count)).tobytes()  # faster than array == array
+
+
+def _runs_of(entries: Words) -> Iterator[tuple[int, int]]:
+    """(first, end) of the runs of blocks that are one, in order."""
+    if _is_one_run(entries):
+        return iter(((0, len(entries)),))
+    # The same for all of a run: the entry that the window's first block would have in it, or a low number.
+    keys = [entry - at if entry < ZERO else -entry for at, entry in enumerate(entries)]
+    return pairwise([0, *(at + 1 for at in differing(keys[:-1], keys[1:])), len(keys)])
+
+
 class _Taken:
     """Which blocks of the data area some map entry leads to already: a bit each, so at most 128 MiB."""
 
     def __init__(self, blocks: int) -> None:
-        import numpy as np
-
         self.blocks = blocks
-        self._bits = np.zeros(blocks // 8 + 1, dtype=np.uint8)
+        self._bits = bytearray(blocks // 8 + 1)
 
-    def again(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Take these; which of them were taken before, here or in an earlier call."""
-        import numpy as np
-
-        places, bits = slots >> 3, (1 << (slots & 7)).astype(np.uint8)
-        again = np.ones(len(slots), dtype=np.bool_)
-        again[np.unique(slots, return_index=True)[1]] = False
-        again |= (self._bits[places] & bits) != 0
-        np.bitwise_or.at(self._bits, places, bits)
+    def again(self, slots: Sequence[int]) -> list[int]:
+        """Take these; indexes of those that were taken before, here or in an earlier call."""
+        again, bits = [], self._bits
+        for index, slot in enumerate(slots):
+            place, bit = slot >> 3, 1 << (slot & 7)
+            if bits[place] & bit:
+                again.append(index)
+            else:
+                bits[place] |= bit
         return again
+
+    def take_run(self, first: int, count: int) -> bool:
+        """Take the slots from ``first`` on, unless some of them were taken before."""
+        start, end = first >> 3, (first + count + 7) >> 3
+        have, wanted = int.from_bytes(self._bits[start:end], "little"), ((1 << count) - 1) << (first & 7)
+        if have & wanted:
+            return False
+        self._bits[start:end] = (have | wanted).to_bytes(end - start, "little")
+        return True
 
 
 def check(image: VdiImage) -> list[Problem]:
     """Everything wrong with the structure: blocks that two map entries lead to, and a wrong number of blocks."""
-    import numpy as np
-
     header, problems, total = image.header, list[Problem](), 0
     found = {"outside": 0, "overlap": 0}
     room = max(0, -(-(image.file.size - header.data_offset) // header.block_size))
     taken = _Taken(min(room, header.blocks))
 
-    def report(code: str, blocks: NDArray[np.int64], what: str) -> None:
+    def report(code: str, blocks: list[int], what: str) -> None:
         room = max(LISTED - len(problems), int(not found[code]))  # none of one kind hides those of another
         found[code] += len(blocks)
-        for block in blocks[:room].tolist():
+        for block in blocks[:room]:
             problems.append(Problem(code, f"block {block} {what}", header.map_offset + block * 4))
 
     for number in range(-(-header.blocks // WINDOW)):
         if number * WINDOW < header.blocks_needed:
             image.window(number)  # its errors are what is found
-        entries = image.entries(number, header.blocks)
-        blocks = np.flatnonzero(entries < ZERO)
-        slots, blocks = entries[blocks], blocks + number * WINDOW
+        entries, first = image.entries(number, header.blocks), number * WINDOW
+        if _is_one_run(entries):
+            if entries[0] >= ZERO:
+                continue
+            if entries[-1] < taken.blocks and taken.take_run(entries[0], len(entries)):
+                total += len(entries)
+                continue
+        slots = [entry for entry in entries if entry < ZERO]
         total += len(slots)
-        inside = slots < taken.blocks
-        report("outside", blocks[~inside], f"lies behind the {taken.blocks} blocks that the data can have")
-        report("overlap", blocks[inside][taken.again(slots[inside])], "lies where another one lies")
+        inside = [slot for slot in slots if slot < taken.blocks]
+        again = taken.again(inside)
+        if again or len(inside) < len(slots):
+            outside = [first + at for at, entry in enumerate(entries) if taken.blocks <= entry < ZERO]
+            blocks = [first + at for at, entry in enumerate(entries) if entry < taken.blocks]
+            report("outside", outside, f"lies behind the {taken.blocks} blocks that the data can have")
+            report("overlap", [blocks[at] for at in again], "lies where another one lies")
     if sum(found.values()) > len(problems):
         return [*problems, Problem("more", f"and {sum(found.values()) - len(problems)} more blocks")]
     if total != header.blocks_allocated:
