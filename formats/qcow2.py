@@ -7,9 +7,8 @@ internal snapshot is another L1 table. With an external data file the plain clus
 own offset.
 
 Design notes
-- All integers are big-endian. L2 tables are decoded by numpy, a table at a time, into arrays of kind and offset
-  (qcow2_l2.py); neighbours of one kind become one run. Decoded tables are kept in a small cache that follows memory,
-  not size.
+- All integers are big-endian. L2 tables are decoded a table at a time (qcow2_l2.py), into runs: neighbours of one
+  kind are one. Decoded tables are kept in a small cache that follows memory, not size.
 - A backing or data file is a fact: it is reported, and only ever opened through the resolver the caller passes.
 - Every pointer is checked against the file before it is followed: alignment, end of file.
 - Bytes may be missing from the file past the guest's end, nowhere else.
@@ -21,15 +20,18 @@ qcow2_writer.py, checks of the whole structure are in qcow2_check.py, repairs in
 from __future__ import annotations
 
 import threading
+from array import array
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator
-from itertools import islice, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import (
     AS_IS,
     JSON,
+    SECTOR,
     Buffer,
     Change,
     DiskFormat,
@@ -76,12 +78,10 @@ from imagekit.formats.qcow2_l2 import (
     decode_l2,
 )
 from imagekit.formats.qcow2_snapshots import Snapshot, as_header, find_snapshot, read_snapshots
+from imagekit.formats.words import used, words64
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Table = NDArray[np.uint64]
+    from imagekit.formats.words import Words
 
 CACHE_BYTES = 16 * MiB
 SPAN_BYTES = 128 * KiB
@@ -101,7 +101,7 @@ class _Run(NamedTuple):
     length: int
     kind: int
     offset: int
-    entries: Any = None
+    entries: Words = array("Q")
 
 
 class Qcow2Image(DiskImage):
@@ -121,12 +121,13 @@ class Qcow2Image(DiskImage):
         self._below = Below(by_kind.get("backing-file"), resolver, file.name)
         self._external = Below(by_kind.get("data-file"), resolver, file.name)
         self._lock = threading.Lock()
-        self._l1: Table | None = None
+        self._l1: Words | None = None
+        self._with_table = array("I")  # the L1 entries that lead to a table
         self._cache: OrderedDict[int, L2] = OrderedDict()
         self._unit = cluster // SUBCLUSTERS if self.header.extended_l2 else cluster
         self._decode: Decoder = unzstd if self.header.compression_type == 1 else raw_inflater()
-        # The table as stored and the two decoded arrays (an item a subcluster with extended L2).
-        per_table = cluster + 9 * self.header.l2_entries * (cluster // self._unit)
+        # The table as stored, and as many runs as it has entries.
+        per_table = cluster + 13 * self.header.l2_entries
         self._cached_tables = max(4, CACHE_BYTES // per_table)
 
     # --- facts -----------------------------------------------------------------------------------------------
@@ -237,13 +238,12 @@ class Qcow2Image(DiskImage):
             )
         self._external.image()  # nothing is read of an image whose data nobody allowed to open
 
-    def _l1_table(self) -> Table:
+    def _l1_table(self) -> Words:
         if self._l1 is None:
-            import numpy as np
-
             self._readable()
-            raw = read_exactly(self.file, self._disk.l1_offset, self._disk.l1_size * 8, "the L1 table")
-            self._l1 = np.frombuffer(raw, ">u8").astype(np.uint64)
+            l1 = words64(read_exactly(self.file, self._disk.l1_offset, self._disk.l1_size * 8, "the L1 table"), "big")
+            self._with_table = array("I", (at for at in used(l1) if l1[at] & OFFSET_MASK))
+            self._l1 = l1
         return self._l1
 
     def l2_offset(self, entry: int, index: int) -> int:
@@ -265,7 +265,7 @@ class Qcow2Image(DiskImage):
 
     def _l2_table(self, index: int) -> L2 | None:
         """The decoded L2 table of an L1 index, None when there is none."""
-        entry = int(self._l1_table()[index])
+        entry = self._l1_table()[index]
         if not entry & OFFSET_MASK:
             return None
         offset = self.l2_offset(entry, index)
@@ -286,52 +286,41 @@ class Qcow2Image(DiskImage):
 
     def _runs(self, start: int, end: int) -> Iterator[_Run]:
         """Runs of one kind that cover exactly start..end."""
-        import numpy as np
-
         span = self.header.cluster_size * self.header.l2_entries
-        l1 = self._l1_table()
+        self._l1_table()
         while start < end:
             index = start // span
             stop = min(end, (index + 1) * span)
             table = self._l2_table(index)
             if table is None:
                 # One step over all neighbouring L1 entries that have no table.
-                later = np.flatnonzero(l1[index : -(-end // span)] & np.uint64(OFFSET_MASK))
-                stop = min(end, (index + int(later[0])) * span) if len(later) else end
+                later = bisect_left(self._with_table, index)
+                stop = min(end, self._with_table[later] * span) if later < len(self._with_table) else end
                 yield _Run(start, stop - start, UNALLOCATED, 0)
             else:
                 yield from self._table_runs(table, index * span, start, stop)
             start = stop
 
     def _table_runs(self, table: L2, base: int, start: int, stop: int) -> Iterator[_Run]:
-        import numpy as np
-
         unit = self._unit
-        first, last = (start - base) // unit, -(-(stop - base) // unit)
-        kinds, offsets = table.kinds[first:last], table.offsets[first:last]
-        cut = kinds[1:] != kinds[:-1]
-        plain = kinds[1:] == PLAIN
-        cut |= plain & (offsets[1:] != offsets[:-1] + np.uint64(unit))
-        edges = np.concatenate(([0], np.flatnonzero(cut) + 1, [len(kinds)])).tolist()
         per_cluster = self.header.cluster_size // unit
-        for one, other in pairwise(edges):
-            begin = max(start, base + (first + one) * unit)
-            end = min(stop, base + (first + other) * unit)
-            kind = int(kinds[one])
+        for first, last, kind, offset in table.runs((start - base) // unit, -(-(stop - base) // unit)):
+            begin, end = max(start, base + first * unit), min(stop, base + last * unit)
             if kind == COMPRESSED:
-                clusters = slice((first + one) // per_cluster, -(-(first + other) // per_cluster))
-                yield _Run(begin, end - begin, kind, 0, table.descriptors[clusters])
-            else:
-                inside = begin - (base + (first + one) * unit)
-                offset = int(offsets[one]) + inside
-                if self.header.external_data and kind == PLAIN and offset != begin:
+                entries = table.descriptors[first // per_cluster : -(-last // per_cluster)]
+                yield _Run(begin, end - begin, kind, 0, entries)
+            elif kind == PLAIN:
+                place = offset + begin - (base + first * unit)
+                if self.header.external_data and place != begin:
                     raise CorruptImage(
-                        f"guest bytes from {begin:#x} should lie at {offset:#x} of the data file, not at their own "
+                        f"guest bytes from {begin:#x} should lie at {place:#x} of the data file, not at their own "
                         "offset",
                         hint="the file looks damaged; fetch it again and compare its checksum",
                         path=self.file.name,
                     )
-                yield _Run(begin, end - begin, kind, offset)
+                yield _Run(begin, end - begin, kind, place)
+            else:
+                yield _Run(begin, end - begin, kind, 0)
 
     def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extent]:
         return merge_extents(self._extents(*clip(start, length, self.virtual_size)))
@@ -408,23 +397,17 @@ class Qcow2Image(DiskImage):
                 offset=run.offset,
             )
 
-    def compressed_spans(self, descriptors: Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def compressed_spans(self, descriptors: Iterable[int]) -> list[tuple[int, int]]:
         """Offsets and available bytes of compressed clusters, from their descriptors."""
-        import numpy as np
-
         mask = compressed_offset_mask(self.header)
-        shift = mask.bit_length()
-        offsets = descriptors & np.uint64(mask)
-        sectors = (descriptors & np.uint64(COMPRESSED_FLAG - 1)) >> np.uint64(shift)
-        lengths = (sectors + np.uint64(1)) * np.uint64(512) - (offsets & np.uint64(511))
-        return offsets.astype(np.int64), lengths.astype(np.int64)
+        shift, rest = mask.bit_length(), COMPRESSED_FLAG - 1
+        return [(word & mask, (((word & rest) >> shift) + 1) * SECTOR - (word & SECTOR - 1)) for word in descriptors]
 
     def _decoded(self, run: _Run) -> Iterator[Buffer]:
         """The bytes of a compressed run, a cluster or what the run has of it at a time."""
         cluster, decode = self.header.cluster_size, self._decode
         skip, left = run.start % cluster, run.length  # the range may begin inside the first cluster
-        offsets, lengths = self.compressed_spans(run.entries)
-        for group, blob, base in self._grouped(list(zip(offsets.tolist(), lengths.tolist(), strict=True))):
+        for group, blob, base in self._grouped(self.compressed_spans(run.entries)):
             for offset, length in group:
                 try:
                     out = decode(blob[offset - base : offset - base + length], cluster)

@@ -6,35 +6,40 @@ Beyond it, metadata that overlaps anything is damage even where the refcounts al
 refuses to read.
 
 Clusters are counted in windows of the file, in the order of the file; memory follows the window, not the image. What
-a window needs of the L2 tables is read again: they are small, and most lead to few windows.
+a window needs of the L2 tables is read again where it is not kept: they are small, and most lead to few windows.
+Counts that are all the same are compared with what is stored as bytes, so what is sound costs next to nothing.
 
 Not here: the walk through the tables (qcow2_claims.py), repairs (qcow2_repair.py), which begin with this count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from itertools import compress, count, repeat
+from operator import add, eq, floordiv, gt, ne
 from typing import TYPE_CHECKING, NamedTuple
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import SECTOR, Problem, Reference, round_up
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.qcow2 import Qcow2Image
-from imagekit.formats.qcow2_claims import COPIED, Claim, Walk
+from imagekit.formats.qcow2_claims import COPIED, L2Table, Pointers, Walk, ascending, in_order
 from imagekit.formats.qcow2_header import CORRUPT, KNOWN_INCOMPATIBLE
+from imagekit.formats.qcow2_refcounts import PIECE, alike, compared
 from imagekit.formats.raw import RawImage
+from imagekit.formats.words import differing
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Offsets = NDArray[np.int64]
-    Counts = NDArray[np.uint64]
+    from imagekit.formats.words import Words
 
 WINDOW = 1 << 20
 """Clusters counted at once: 64 GiB of a file with the usual clusters."""
 MAX_WINDOWS = 1024
-"""Each costs some 20 ms: more than the largest file that anybody has, and no hours for a few entries."""
+"""Each costs some 5 ms: more than the largest file that anybody has, and no hours for a few entries."""
+SHORT = 16
+"""Clusters that are counted one by one."""
 LISTED = 100
 """Problems listed one by one, of damage and of leaks each."""
 MOST_DEFLATED = 1100
@@ -70,10 +75,13 @@ def _check_window(counting: Counting, window: Window, found: Found) -> None:
     stored, used = window.stored, window.used
 
     def what(at: int) -> str:
-        return f"used {int(used[at])} times, but its refcount is {int(stored[at])}"
+        return f"used {used[at]} times, but its refcount is {stored[at]}"
 
-    counting.report_clusters("refcount-low", stored < used, window.low, what)
-    counting.report_clusters("leak", stored > used, window.low, what, leak=True)
+    wrong = window.differences()
+    low = array("I", (at for at in wrong if stored[at] < used[at]))
+    leaked = array("I", (at for at in wrong if stored[at] > used[at]))
+    counting.report_clusters("refcount-low", low, window.low, what)
+    counting.report_clusters("leak", leaked, window.low, what, leak=True)
     counting.report_overlap(window)
     for flags in counting.copied_flags(window, stored):
         message = f"{flags.name} entry {{}}: the copied flag does not go with the refcount"
@@ -117,7 +125,7 @@ class Found:
         self,
         code: str,
         what: Callable[[int], str],
-        entries: Offsets | list[int],
+        entries: Sequence[int],
         at: int,
         step: int,
         *,
@@ -129,7 +137,7 @@ class Found:
         room = max(LISTED - len(listed), int(code not in self._seen))
         if len(entries):
             self._seen.add(code)
-        for entry in map(int, entries[:room]):
+        for entry in entries[:room]:
             listed.append(Problem(code, what(entry), at + entry * step, leak))
 
     def problems(self) -> list[Problem]:
@@ -146,10 +154,21 @@ class Window(NamedTuple):
     """Clusters from ``low`` on: their stored refcounts, how often they are used, and which tables lead to them."""
 
     low: int
-    stored: Counts
-    used: Counts
-    overlap: NDArray[np.bool_]
-    near: list[int]
+    stored: Words
+    """The very array of ``used`` where all are the same."""
+    used: Words
+    overlap: Sequence[int]
+    near: Sequence[int]
+
+    def differences(self) -> Words:
+        """The clusters, from ``low`` on, that are not used as often as is stored."""
+        found = array("I")
+        if self.stored is not self.used:
+            for at in range(0, len(self.used), PIECE):
+                stored, used = self.stored[at : at + PIECE], self.used[at : at + PIECE]
+                if stored != used:
+                    found.extend(map(at.__add__, differing(stored, used)))
+        return found
 
 
 class CopiedFlags(NamedTuple):
@@ -158,8 +177,8 @@ class CopiedFlags(NamedTuple):
     name: str
     table: int
     step: int
-    entries: Offsets
-    set: NDArray[np.bool_]
+    entries: Words
+    set: bytes
     """Whether it is set, of each of them."""
 
 
@@ -167,46 +186,53 @@ class Counting:
     """Counts the references to each cluster and compares with what is stored."""
 
     def __init__(self, image: Qcow2Image, found: Found) -> None:
-        import numpy as np
-
         self._file = image.file
         self._header = image.header
         self._found = found
-        self._clusters = -(-image.file.size // image.header.cluster_size)
+        self._size = image.header.cluster_size
+        self._clusters = -(-image.file.size // self._size)
         self._walk = walk = Walk(image, found.entries)
-        self._metadata = list(walk.metadata())
+        self._ranges: list[tuple[int, int]] = []
+        """First and last + 1 of the clusters of metadata, ``_singles`` those of one cluster each, sorted."""
+        singles = array("Q")
+        for claim in walk.metadata():
+            if claim.length == self._size and not any(offset % self._size for offset in claim.offsets):
+                singles.extend(map(floordiv, claim.offsets, repeat(self._size)))
+            elif claim.length:
+                self._ranges += (self._touched(offset, claim.length) for offset in claim.offsets)
+        self._singles = in_order(singles)
         self._tables, self._weights = walk.l2_tables()
-        self._reach = np.zeros((len(self._tables), 2), dtype=np.int64)
+        nothing = bytes(8 * len(self._tables))
+        self._first, self._end = array("Q", nothing), array("Q", nothing)
         """First and last + 1 of the clusters that the entries of each table lead to."""
-        active, times = np.unique(walk.l1_places[walk.l1_places >= 0], return_counts=True)
-        self._active = np.isin(self._tables, active)
+        self._active, self._times = active, times = walk.active_tables()
+        self._by_place = in_place_order(walk.l1_pointers.offsets)
         found.entries(
             "overlap",
-            lambda entry: f"{int(times[entry])} L1 entries lead to the L2 table at {int(active[entry]):#x}",
-            np.flatnonzero(times > 1),
+            lambda entry: f"{times[entry]} L1 entries lead to the L2 table at {active[entry]:#x}",
+            array("I", compress(range(len(times)), map(gt, times, repeat(1)))),
             self._header.l1_offset,
             0,
         )
 
     def report_aliases(self) -> None:
         """Say so when the guest's disk holds more than the file can: then clusters share their places."""
-        import numpy as np
-
         walk = self._walk
-        tables, times = np.unique(walk.l1_places[walk.l1_places >= 0], return_counts=True)
         plain = streams = stored = 0
-        starts, repeated = np.empty(0, dtype=np.int64), False
-        for offset, count in zip(tables.tolist(), times.tolist(), strict=True):
+        starts, repeated = array("Q"), False
+        for offset, times in zip(self._active, self._times, strict=True):
+            if not self._end[bisect_left(self._tables, offset)]:
+                continue  # leads nowhere
             table = walk.l2_table(offset)
-            plain += len(table.plain) * count * walk.cluster
-            streams += len(table.compressed) * count
-            stored += int(table.lengths.sum()) * count
+            plain += sum(table.counts) * times * walk.cluster
+            streams += len(table.compressed) * times
+            stored += sum(table.lengths) * times
             # Among the first ones none may be there twice; how much all of them can be is counted in any case.
-            kept = starts if len(starts) < MOST_COMPARED else starts[:0]
-            seen = np.concatenate((kept, table.compressed))
-            unique = np.unique(seen)
-            repeated |= len(unique) < len(seen)
-            starts = unique if len(starts) < MOST_COMPARED else starts
+            if len(starts) < MOST_COMPARED:
+                starts += table.compressed
+            else:
+                repeated |= not ascending(in_order(table.compressed))
+        repeated |= not ascending(in_order(starts))
         room = round_up(walk.size, walk.cluster)
         inflated = streams * walk.cluster
         # An entry counts sectors, so it says up to one more than its stream needs.
@@ -218,169 +244,196 @@ class Counting:
     def windows(self) -> Iterator[Window]:
         """The windows of the file that anything leads to, in order; none where there are no refcounts."""
         windows = self._look_at_tables()
-        if self._walk.refcount_blocks is None:
+        blocks = self._walk.refcount_blocks
+        if blocks is None:
             return  # said already; without refcounts there is nothing to compare with
         if len(windows) > MAX_WINDOWS:
             raise UnsupportedFeature(f"the image has references to {len(windows)} windows of {WINDOW} clusters")
         for window in sorted(windows):
-            yield self._count(window * WINDOW, min((window + 1) * WINDOW, self._clusters))
+            yield self._count(blocks, window * WINDOW, min((window + 1) * WINDOW, self._clusters))
 
     def _look_at_tables(self) -> set[int]:
         """Report what is wrong with L2 entries; note which windows anything leads to."""
-        import numpy as np
-
-        windows = self._windows(self._tables // self._header.cluster_size)
-        for claim in self._metadata:
-            windows |= self._windows(self._touched(claim))
-        for index, offset in enumerate(self._tables.tolist()):
-            clusters = self._data(offset, report=True)
-            if len(clusters):
-                self._reach[index] = clusters.min(), clusters.max() + 1
-                windows |= self._windows(clusters)
+        windows = set(map(floordiv, self._tables, repeat(self._size * WINDOW)))
+        windows.update(map(floordiv, self._singles, repeat(WINDOW)))
+        for first, end in self._ranges:
+            windows.update(self._windows(first, end))
+        for index, offset in enumerate(self._tables):
+            table = self._walk.l2_table(offset, report=True)
+            runs = [*self._runs(table), *self._streams(table)]
+            if runs:
+                first = self._first[index] = min(first for first, _ in runs)
+                end = self._end[index] = max(end for _, end in runs)
+                if len(whole := self._windows(first, end)) > 1:
+                    for run in runs:
+                        windows.update(self._windows(*run))
+                else:
+                    windows.update(whole)
         blocks = self._walk.refcount_blocks
         if blocks is not None:
-            first = np.flatnonzero(blocks >= 0) * self.per_block
-            for start in first[first < self._clusters].tolist():
-                end = min(start + self.per_block, self._clusters)
-                windows.update(range(start // WINDOW, -(-end // WINDOW)))
+            for block in blocks.entries:
+                start = block * self.per_block
+                if start >= self._clusters:
+                    break
+                windows.update(self._windows(start, start + self.per_block))
         return windows
 
-    def _windows(self, clusters: Offsets) -> set[int]:
-        import numpy as np
+    def _windows(self, first: int, end: int) -> range:
+        """The windows of clusters that lie in the file."""
+        if first >= self._clusters:
+            return range(0)
+        return range(first // WINDOW, -(-min(end, self._clusters) // WINDOW))
 
-        return set(np.unique(clusters[clusters < self._clusters] // WINDOW).tolist())
+    def _touched(self, offset: int, length: int) -> tuple[int, int]:
+        """First and last + 1 of the clusters that bytes touch."""
+        return offset // self._size, (offset + length - 1) // self._size + 1
 
-    def _touched(self, claim: Claim) -> Offsets:
-        """The clusters that byte ranges touch, once a range."""
-        import numpy as np
+    def _runs(self, table: L2Table) -> Iterator[tuple[int, int]]:
+        """First and last + 1 of the clusters that plain entries touch, each once an entry."""
+        for number, place in zip(table.counts, table.places, strict=True):
+            first = place // self._size
+            yield first, first + number
+            if place % self._size:
+                yield first + 1, first + number + 1
 
-        size = self._header.cluster_size
-        first = claim.offsets // size
-        count = np.where(claim.lengths > 0, (claim.offsets + claim.lengths - 1) // size - first + 1, 0)
-        before = np.cumsum(count) - count
-        return np.repeat(first - before, count) + np.arange(int(count.sum()), dtype=np.int64)
-
-    def _data(self, offset: int, *, report: bool = False) -> Offsets:
-        """Clusters that the entries of an L2 table touch, once an entry."""
-        import numpy as np
-
-        table = self._walk.l2_table(offset, report=report)
-        plain = Claim("data", table.plain, np.full(len(table.plain), self._header.cluster_size, dtype=np.int64))
-        compressed = Claim("compressed data", table.compressed, table.lengths)
-        return np.concatenate((self._touched(plain), self._touched(compressed)))
+    def _streams(self, table: L2Table) -> Iterator[tuple[int, int]]:
+        bits = self._header.cluster_bits
+        for start, length in zip(table.compressed, table.lengths, strict=True):
+            yield start >> bits, (start + length - 1 >> bits) + 1
 
     # --- one window ------------------------------------------------------------------------------------------
 
-    def _count(self, low: int, high: int) -> Window:
-        import numpy as np
-
-        own, tables, data = (np.zeros(high - low, dtype=np.int64) for _ in range(3))
-        for claim in self._metadata:
-            self._add(own, self._touched(claim), low)
-        self._add(tables, self._tables // self._header.cluster_size, low, self._weights)
-        near = np.flatnonzero((self._reach[:, 0] < high) & (self._reach[:, 1] > low)).tolist()
+    def _count(self, blocks: Pointers, low: int, high: int) -> Window:
+        used = array("Q", [0]) * (high - low)
+        for first, end in self._ranges:
+            _add(used, first - low, end - low, 1)
+        singles = self._singles[bisect_left(self._singles, low) : bisect_left(self._singles, high)]
+        for cluster in singles:
+            used[cluster - low] += 1
+        one, other = (bisect_left(self._tables, cluster * self._size) for cluster in (low, high))
+        tables = [
+            (place // self._size - low, self._weights[at]) for at, place in enumerate(self._tables[one:other], one)
+        ]
+        for cluster, weight in tables:
+            used[cluster] += weight
+        near = array("I", (at for at, end in enumerate(self._end) if end > low and self._first[at] < high))
         for index in near:
-            self._add(data, self._data(int(self._tables[index])), low, int(self._weights[index]))
-        overlap = (own > 1) | ((own > 0) & (tables + data > 0)) | ((tables > 0) & (data > 0))
-        used = (own + tables + data).astype(np.uint64)
-        return Window(low, self._stored(low, high), used, overlap, near)
+            table, weight = self._walk.l2_table(self._tables[index]), self._weights[index]
+            for first, end in self._runs(table):
+                _add(used, first - low, end - low, weight)
+            for first, end in self._streams(table):
+                _add(used, first - low, end - low, weight)
+        # Metadata is used once, a table as often as entries lead to it: what is used more often, by something else.
+        overlap = {cluster for cluster, weight in tables if used[cluster] > weight}
+        overlap.update(cluster - low for cluster in singles if used[cluster - low] > 1)
+        for first, end in self._ranges:
+            at = max(first - low, 0)
+            overlap.update(compress(count(at), map(gt, used[at : max(end - low, 0)], repeat(1))))
+        return Window(low, self._stored(blocks, used, low), used, sorted(overlap), near)
 
     def report_overlap(self, window: Window) -> None:
         self.report_clusters("overlap", window.overlap, window.low, lambda at: "metadata overlaps something else")
 
-    @staticmethod
-    def _add(counts: Offsets, clusters: Offsets, low: int, weight: Offsets | int = 1) -> None:
-        import numpy as np
-
-        inside = (clusters >= low) & (clusters < low + len(counts))
-        np.add.at(counts, clusters[inside] - low, weight if isinstance(weight, int) else weight[inside])
-
     @property
     def per_block(self) -> int:
         """Clusters that one refcount block speaks for."""
-        return (self._header.cluster_size * 8) >> self._header.refcount_order
+        return (self._size * 8) >> self._header.refcount_order
 
-    def _stored(self, low: int, high: int) -> Counts:
-        """The stored refcounts of clusters low..high; zero where there is no block."""
-        import numpy as np
-
-        out = np.zeros(high - low, dtype=np.uint64)
-        blocks, per_block = self._walk.refcount_blocks, self.per_block
-        assert blocks is not None
-        at = low
-        while at < high and at // per_block < len(blocks):
+    def _stored(self, blocks: Pointers, used: Words, low: int) -> Words:
+        """The stored refcounts of the clusters from ``low`` on; zero where there is no block."""
+        order, per_block, stored = self._header.refcount_order, self.per_block, used
+        at, high = low, low + len(used)
+        while at < high:
             block, inside = divmod(at, per_block)
-            count = min(per_block - inside, high - at)
-            if blocks[block] >= 0:
-                # Windows and blocks are powers of two: both ends lie on whole bytes, but for the file's end.
-                start = (inside << self._header.refcount_order) // 8
-                length = -(-(count << self._header.refcount_order) // 8)
-                raw = self._file.pread(int(blocks[block]) + start, length).ljust(length, b"\0")
-                out[at - low : at - low + count] = unpack_refcounts(raw, self._header.refcount_order)[:count]
-            at += count
-        return out
+            number = bisect_left(blocks.entries, block)
+            there = number < len(blocks.entries) and blocks.entries[number] == block
+            # Windows and blocks are powers of two: both ends lie on whole bytes, but for the file's end.
+            raw = b""
+            if there:
+                end = min(at + per_block - inside, high)
+                length = -(-(end - at << order) // 8)
+                place = blocks.offsets[number] + (inside << order) // 8
+                raw = self._file.pread(place, length).ljust(length, b"\0")
+            else:
+                end = min(blocks.entries[number] * per_block if number < len(blocks.entries) else high, high)
+            stored = compared(used, stored, raw, order, at - low, end - low)
+            at = end
+        return stored
 
     def report_clusters(
-        self, code: str, wrong: NDArray[np.bool_], low: int, what: Callable[[int], str], *, leak: bool = False
+        self, code: str, wrong: Sequence[int], low: int, what: Callable[[int], str], *, leak: bool = False
     ) -> None:
-        import numpy as np
-
-        size = self._header.cluster_size
         self._found.entries(
             code,
             lambda at: f"cluster {low + at}: {what(at)}",
-            np.flatnonzero(wrong),
-            low * size,
-            size,
+            wrong,
+            low * self._size,
+            self._size,
             leak=leak,
         )
 
-    def has_refcount(self, window: Window) -> NDArray[np.bool_]:
-        """Whether there is a refcount block for each of the window's clusters."""
-        import numpy as np
-
+    def refcount_at(self, cluster: int) -> int | None:
+        """File offset of the byte that the refcount of a cluster begins in; None where it has none."""
         blocks = self._walk.refcount_blocks
         assert blocks is not None
-        number = (window.low + np.arange(len(window.stored))) // self.per_block
-        there: NDArray[np.bool_] = number < len(blocks)
-        there[there] = blocks[number[there]] >= 0
-        return there
-
-    def refcount_at(self, cluster: int) -> int:
-        """File offset of the byte that the refcount of a cluster with one begins in."""
         block, inside = divmod(cluster, self.per_block)
-        blocks = self._walk.refcount_blocks
-        assert blocks is not None
-        return int(blocks[block]) + (inside << self._header.refcount_order) // 8
+        at = bisect_left(blocks.entries, block)
+        if at == len(blocks.entries) or blocks.entries[at] != block:
+            return None
+        return blocks.offsets[at] + (inside << self._header.refcount_order) // 8
 
-    def copied_flags(self, window: Window, counts: Counts) -> Iterator[CopiedFlags]:
+    def copied_flags(self, window: Window, counts: Words) -> Iterator[CopiedFlags]:
         """Wrong flags of the active tables, where ``counts`` are the refcounts: set is to say exactly one."""
-        import numpy as np
-
-        def wrong(places: Offsets, copied: NDArray[np.bool_]) -> Offsets:
-            clusters = places // self._header.cluster_size - window.low
-            inside = np.flatnonzero((places >= 0) & (clusters >= 0) & (clusters < len(counts)))
-            differ: Offsets = inside[(counts[clusters[inside]] == 1) != copied[inside]]
-            return differ
-
-        walk = self._walk
-        copied = (walk.l1 & np.uint64(COPIED)) != 0
-        entries = wrong(walk.l1_places, copied)
-        yield CopiedFlags("L1", self._header.l1_offset, 8, entries, copied[entries])
+        walk, low = self._walk, window.low
+        entries, offsets = walk.l1_pointers
+        one, other = (
+            bisect_left(self._by_place, cluster * self._size, key=offsets.__getitem__)
+            for cluster in (low, low + len(counts))
+        )
+        wrong = array("I")
+        for at in sorted(self._by_place[one:other]):
+            if (counts[offsets[at] // self._size - low] == 1) != (walk.l1[entries[at]] & COPIED != 0):
+                wrong.append(entries[at])
+        flags = bytes(walk.l1[entry] & COPIED != 0 for entry in wrong)
+        yield CopiedFlags("L1", self._header.l1_offset, 8, wrong, flags)
         for index in window.near:
-            if self._active[index]:
-                offset = int(self._tables[index])
-                table = walk.l2_table(offset)
-                at = wrong(table.plain, table.copied)
-                yield CopiedFlags("L2", offset, self._header.l2_entry_size, table.entries[at], table.copied[at])
+            offset = self._tables[index]
+            active = bisect_left(self._active, offset)
+            if active < len(self._active) and self._active[active] == offset:
+                wrong, flags = self._wrong_flags(walk.l2_table(offset), low, counts)
+                yield CopiedFlags("L2", offset, self._header.l2_entry_size, wrong, flags)
+
+    def _wrong_flags(self, table: L2Table, low: int, counts: Words) -> tuple[Words, bytes]:
+        wrong, flags = array("I"), bytearray()
+        for entry, number, place, copied in zip(*table[:4], strict=True):
+            first = place // self._size - low
+            at, end = max(first, 0), min(first + number, len(counts))
+            if at >= end:
+                continue
+            part = counts[at:end]
+            if not copied or part != alike(1, end - at):
+                before = len(wrong)
+                wrong.extend(compress(count(entry + at - first), map(ne if copied else eq, part, repeat(1))))
+                flags += bytes([copied]) * (len(wrong) - before)
+        return wrong, bytes(flags)
 
 
-def unpack_refcounts(raw: bytes, order: int) -> Counts:
-    """Refcounts of 2^order bits as integers; those below a byte begin with its least significant bits."""
-    import numpy as np
+def in_place_order(offsets: Words) -> Sequence[int]:
+    """The indexes of numbers in the order of these."""
+    if ascending(offsets):
+        return range(len(offsets))
+    return array("I", sorted(range(len(offsets)), key=offsets.__getitem__))
 
-    if order >= 3:
-        return np.frombuffer(raw, f">u{1 << (order - 3)}").astype(np.uint64)
-    width = 1 << order
-    bits = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little").reshape(-1, width)
-    return bits.astype(np.uint64) @ (np.uint64(1) << np.arange(width, dtype=np.uint64))
+
+def _add(used: Words, first: int, end: int, weight: int) -> None:
+    """Clusters used some times more; of them those that are in the window."""
+    first, end = max(first, 0), min(end, len(used))
+    if end - first <= SHORT:
+        for at in range(first, end):
+            used[at] += weight
+        return
+    part = used[first:end]
+    if part == alike(0, end - first):
+        used[first:end] = array("Q", [weight]) * (end - first)
+    else:
+        used[first:end] = array("Q", map(add, part, repeat(weight)))

@@ -12,21 +12,33 @@ Not here: refcounts (qcow2_check.py).
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from heapq import merge
+from itertools import compress, count, groupby, islice, repeat
+from operator import and_, lt
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from imagekit.formats.base import MiB, Range, round_up
 from imagekit.formats.qcow2_header import MAX_L1_BYTES, MAX_REFCOUNT_BYTES
+from imagekit.formats.qcow2_l2 import (
+    HAS_PLACE,
+    HAS_ZERO,
+    IS_COMPRESSED,
+    IS_COPIED,
+    IS_RESERVED,
+    ZERO_FLAG,
+    entry_marks,
+    entry_runs,
+    translation,
+)
 from imagekit.formats.qcow2_snapshots import MAX_SNAPSHOT_BYTES, SNAPSHOT
+from imagekit.formats.words import used, words64
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from imagekit.formats.qcow2 import Qcow2Image
-
-    Offsets = NDArray[np.int64]
-    Words = NDArray[np.uint64]
+    from imagekit.formats.words import Words
 
 # Bits that the specification reserves in the entries of each table.
 L1_RESERVED = 0x7F000000000001FF
@@ -39,37 +51,89 @@ OFFSET = 0x00FFFFFFFFFFFE00
 MAX_DIRECTORY_BYTES = 64 * MiB
 MAX_CRYPTO_BYTES = 64 * MiB
 
+KEPT_BYTES = 16 * MiB
+"""What the L2 tables take that are kept once they were read; others are read again."""
+SORTED = 1 << 18
+"""Numbers that are sorted at once, as a list: each takes five times the bytes it has in an array."""
+
 _BITMAP = struct.Struct(">QIIBBHI")
 
 
 class Report(Protocol):
     """Takes what is wrong: entries of a table by index, each with the file offset of the entry."""
 
-    def __call__(
-        self, code: str, what: Callable[[int], str], entries: Offsets | list[int], at: int, step: int
-    ) -> None: ...
+    def __call__(self, code: str, what: Callable[[int], str], entries: Sequence[int], at: int, step: int) -> None: ...
 
 
-def ignore(code: str, what: Callable[[int], str], entries: Offsets | list[int], at: int, step: int) -> None:
+def ignore(code: str, what: Callable[[int], str], entries: Sequence[int], at: int, step: int) -> None:
     """A report to nobody."""
 
 
 class Claim(NamedTuple):
-    """Byte ranges of one kind."""
+    """Byte ranges of one kind and length."""
 
     kind: str
-    offsets: Offsets
-    lengths: Offsets
+    offsets: Sequence[int]
+    length: int
+
+
+class Pointers(NamedTuple):
+    """Where the entries of a table lead, of those that lead to where something can be."""
+
+    entries: Words
+    offsets: Words
 
 
 class L2Table(NamedTuple):
-    """The clusters an L2 table points to: plain ones (or zero with a place kept), and compressed spans."""
+    """The clusters an L2 table points to: plain ones (or zero with a place kept), and compressed spans.
 
-    plain: Offsets
-    copied: NDArray[np.bool_]
-    entries: Offsets
-    compressed: Offsets
-    lengths: Offsets
+    Plain ones come in runs of entries whose places follow one another and whose copied flags are the same.
+    """
+
+    entries: Words
+    counts: Words
+    places: Words
+    copied: bytes
+    compressed: Words
+    lengths: Words
+
+
+NO_CLUSTERS = L2Table(array("I"), array("I"), array("Q"), b"", array("Q"), array("I"))
+
+
+@cache
+def _chosen(all_of: int, none_of: int = 0) -> bytes:
+    """The entries with all of some marks and none of others."""
+    return translation(lambda mark: int(mark & all_of == all_of and not mark & none_of))
+
+
+_PLACED = translation(
+    lambda mark: 0 if mark & IS_COMPRESSED or not mark & HAS_PLACE else 2 if mark & IS_COPIED else 1
+)
+
+
+def ascending(numbers: Sequence[int]) -> bool:
+    """Whether each is larger than the one before."""
+    return all(map(lt, numbers, islice(numbers, 1, None)))
+
+
+def in_order(numbers: Words) -> Words:
+    """The numbers sorted."""
+    if ascending(numbers):
+        return numbers
+    parts = (array(numbers.typecode, sorted(numbers[at : at + SORTED])) for at in range(0, len(numbers), SORTED))
+    return array(numbers.typecode, merge(*parts))
+
+
+def counted(numbers: Words) -> tuple[Words, Words]:
+    """Each number once, sorted, and how often it is there."""
+    if ascending(numbers):
+        return numbers, array("Q", [1]) * len(numbers)
+    unique, times = array("Q"), array("Q")
+    for number, group in groupby(in_order(numbers)):
+        unique.append(number)
+        times.append(sum(1 for _ in group))
+    return unique, times
 
 
 class Walk:
@@ -83,10 +147,12 @@ class Walk:
         self.cluster = image.header.cluster_size
         self.own_data = not image.header.external_data
         self._report = report
+        self._kept: dict[int, L2Table] = {}
+        self._room = KEPT_BYTES
         self.refcount_blocks = self._refcount_blocks()
-        """Where each refcount block lies (-1: none); None when there is no table that could say it."""
-        self.l1, self.l1_places = self._l1_table(image.header.l1_offset, image.header.l1_size)
-        """The active L1 table as stored, and where its entries lead (-1: nowhere)."""
+        """Where the refcount blocks lie; None when there is no table that could say it."""
+        self.l1, self.l1_pointers = self._l1_table(image.header.l1_offset, image.header.l1_size)
+        """The active L1 table as stored, and where its entries lead."""
         self._snapshots_end, self._snapshot_tables = self._snapshots()
 
     def _one(self, code: str, what: str, at: int) -> None:
@@ -106,57 +172,48 @@ class Walk:
         return False
 
     def _words(self, offset: int, length: int) -> Words:
-        import numpy as np
+        return words64(self.file.pread(offset, length).ljust(length, b"\0"), "big")
 
-        data = self.file.pread(offset, length)
-        return np.frombuffer(data.ljust(length, b"\0"), ">u8").astype(np.uint64)
-
-    def _claim(self, kind: str, offsets: Offsets | int, length: int) -> Claim:
-        import numpy as np
-
-        places = np.atleast_1d(np.asarray(offsets, dtype=np.int64))
-        return Claim(kind, places, np.full(len(places), length, dtype=np.int64))
-
-    def _pointers(self, kind: str, words: Words, at: int, *, reserved: int, partial: bool = False) -> Offsets:
-        """Where the entries of a table point, -1 where to nothing or to where nothing can be."""
-        import numpy as np
-
-        offsets = (words & np.uint64(OFFSET)).astype(np.int64)
-        self._reserved(kind, words, at, 8, reserved)
+    def _pointers(self, kind: str, words: Words, at: int, *, reserved: int, partial: bool = False) -> Pointers:
+        entries, stored = array("I", used(words)), array("Q", compress(words, words))
+        self._reserved(kind, words, array("I", compress(entries, map(and_, stored, repeat(reserved)))), at, 8)
+        offsets = array("Q", map(and_, stored, repeat(OFFSET)))
+        if not all(offsets):
+            entries, offsets = array("I", compress(entries, offsets)), array("Q", filter(None, offsets))
         inside = round_up(self.size, self.cluster) if partial else self.size
-        return self._placed(kind, offsets, offsets != 0, at, 8, inside)
+        most = inside - self.cluster
+        unaligned = array("I", compress(entries, map(and_, offsets, repeat(self.cluster - 1))))
+        outside = array("I")
+        if max(offsets, default=0) > most:
+            pairs = zip(entries, offsets, strict=True)
+            outside = array("I", (entry for entry, offset in pairs if offset > most and not offset % self.cluster))
+        self._misplaced(kind, words, unaligned, outside, at, 8)
+        if unaligned or outside:
+            right = [offset <= most and not offset % self.cluster for offset in offsets]
+            entries, offsets = array("I", compress(entries, right)), array("Q", compress(offsets, right))
+        return Pointers(entries, offsets)
 
-    def _reserved(self, kind: str, words: Words, at: int, step: int, bits: int) -> None:
-        import numpy as np
-
+    def _reserved(self, kind: str, words: Words, entries: Sequence[int], at: int, step: int) -> None:
         self._report(
             "reserved-bits",
-            lambda entry: f"{kind} {entry} ({int(words[entry]):#x}) has reserved bits set",
-            np.flatnonzero(words & np.uint64(bits)),
+            lambda entry: f"{kind} {entry} ({words[entry]:#x}) has reserved bits set",
+            entries,
             at,
             step,
         )
 
-    def _placed(
-        self, kind: str, offsets: Offsets, used: NDArray[np.bool_], at: int, step: int, inside: int
-    ) -> Offsets:
-        import numpy as np
-
-        unaligned = used & (offsets % self.cluster != 0)
-        outside = used & ~unaligned & (offsets + self.cluster > inside)
-
+    def _misplaced(
+        self, kind: str, words: Words, unaligned: Sequence[int], outside: Sequence[int], at: int, step: int
+    ) -> None:
         def points(entry: int) -> str:
-            return f"{kind} {entry} points to {int(offsets[entry]):#x}"
+            return f"{kind} {entry} points to {words[entry] & OFFSET:#x}"
 
-        misplaced = np.flatnonzero(unaligned)
-        self._report("unaligned", lambda entry: f"{points(entry)}, not on a cluster", misplaced, at, step)
-        behind = np.flatnonzero(outside)
-        self._report("outside", lambda entry: f"{points(entry)}, behind the file's end", behind, at, step)
-        return np.where(used & ~unaligned & ~outside, offsets, -1)
+        self._report("unaligned", lambda entry: f"{points(entry)}, not on a cluster", unaligned, at, step)
+        self._report("outside", lambda entry: f"{points(entry)}, behind the file's end", outside, at, step)
 
     # --- metadata --------------------------------------------------------------------------------------------
 
-    def _refcount_blocks(self) -> Offsets | None:
+    def _refcount_blocks(self) -> Pointers | None:
         offset, length = self.header.refcount_offset, self.header.refcount_clusters * self.cluster
         if not self._region("refcount table", offset, length, MAX_REFCOUNT_BYTES):
             return None
@@ -184,21 +241,20 @@ class Walk:
     def metadata(self) -> Iterator[Claim]:
         """Everything that exactly one pointer leads to."""
         header = self.header
-        yield self._claim("header", 0, self.cluster)
-        yield self._claim("L1 table", header.l1_offset, header.l1_size * 8)
+        yield Claim("header", [0], self.cluster)
+        yield Claim("L1 table", [header.l1_offset], header.l1_size * 8)
         blocks = self.refcount_blocks
         if blocks is not None:
-            yield self._claim("refcount table", header.refcount_offset, header.refcount_clusters * self.cluster)
-            yield self._claim("refcount block", blocks[blocks >= 0], self.cluster)
+            yield Claim("refcount table", [header.refcount_offset], header.refcount_clusters * self.cluster)
+            yield Claim("refcount block", blocks.offsets, self.cluster)
         if self._snapshots_end > header.snapshots_offset:
-            yield self._claim(
-                "snapshot table", header.snapshots_offset, self._snapshots_end - header.snapshots_offset
-            )
+            length = self._snapshots_end - header.snapshots_offset
+            yield Claim("snapshot table", [header.snapshots_offset], length)
         for offset, entries in self._snapshot_tables:
-            yield self._claim("snapshot L1 table", offset, entries * 8)
+            yield Claim("snapshot L1 table", [offset], entries * 8)
         crypto = self.image.extensions.crypto_header
         if crypto is not None and self._region("encryption header", *crypto, MAX_CRYPTO_BYTES):
-            yield self._claim("encryption header", *crypto)
+            yield Claim("encryption header", [crypto[0]], crypto[1])
         yield from self._bitmaps()
 
     def _bitmaps(self) -> Iterator[Claim]:
@@ -209,7 +265,7 @@ class Walk:
         offset, length = extensions.bitmap_directory
         if not self._region("bitmap directory", offset, length, MAX_DIRECTORY_BYTES):
             return
-        yield self._claim("bitmap directory", offset, length)
+        yield Claim("bitmap directory", [offset], length)
         data, at = self.file.pread(offset, length), 0
         for number in range(extensions.bitmaps):
             if at + _BITMAP.size > len(data):
@@ -217,103 +273,142 @@ class Walk:
                 return
             table, entries, _, _, _, name_length, extra = _BITMAP.unpack_from(data, at)
             if self._region(f"table of bitmap {number}", table, entries * 8, MAX_L1_BYTES):
-                yield self._claim("bitmap table", table, entries * 8)
+                yield Claim("bitmap table", [table], entries * 8)
                 words = self._words(table, entries * 8)
                 places = self._pointers(f"bitmap {number} entry", words, table, reserved=~OFFSET & ~1 & (1 << 64) - 1)
-                yield self._claim("bitmap", places[places >= 0], self.cluster)
+                yield Claim("bitmap", places.offsets, self.cluster)
             at = round_up(at + _BITMAP.size + extra + name_length, 8)
 
     # --- the guest's data ------------------------------------------------------------------------------------
 
-    def _l1_table(self, offset: int, entries: int) -> tuple[Words, Offsets]:
-        import numpy as np
-
+    def _l1_table(self, offset: int, entries: int) -> tuple[Words, Pointers]:
         words = self._words(offset, entries * 8)
-        nowhere = np.flatnonzero((words & np.uint64(OFFSET | COPIED)) == np.uint64(COPIED))
+        nowhere = array("I", (at for at in used(words) if words[at] & (OFFSET | COPIED) == COPIED))
         self._report("contradiction", "L1 entry {} is marked as copied and leads nowhere".format, nowhere, offset, 8)
         return words, self._pointers("L1 entry", words, offset, reserved=L1_RESERVED)
 
-    def l2_tables(self) -> tuple[Offsets, Offsets]:
-        """Where the L2 tables lie, sorted, and how many L1 entries lead to each."""
-        import numpy as np
+    def active_tables(self) -> tuple[Words, Words]:
+        """Where the L2 tables of the active L1 table lie, sorted, and how many of its entries lead to each."""
+        return counted(self.l1_pointers.offsets)
 
-        found, total = [self.l1_places], 0
+    def l2_tables(self) -> tuple[Words, Words]:
+        """The same of all L1 tables."""
+        found, total = self.l1_pointers.offsets[:], 0
         for offset, entries in self._snapshot_tables:
             total += entries * 8
             if total > self.size:
                 self._one("overlap", "the L1 tables together are larger than the file", self.header.snapshots_offset)
                 break
-            found.append(self._l1_table(offset, entries)[1])
-        places = np.concatenate(found)
-        return np.unique(places[places >= 0], return_counts=True)
+            found += self._l1_table(offset, entries)[1].offsets
+        return counted(found)
 
     def l2_table(self, offset: int, *, report: bool = False) -> L2Table:
         """What one L2 table points to. With ``report``, also what is wrong with its entries."""
-        import numpy as np
+        table = None if report else self._kept.get(offset)
+        if table is None:
+            table = self._read_l2_table(offset, report)
+            # A number in an array has 4 or 8 bytes; the arrays themselves, and the place of the table, some more.
+            size = 1000 + 17 * len(table.entries) + 12 * len(table.compressed)
+            if table is not NO_CLUSTERS and size <= self._room and offset not in self._kept:
+                self._kept[offset] = table
+                self._room -= size
+        return table
 
+    def _read_l2_table(self, offset: int, report: bool) -> L2Table:
         step = self.header.l2_entry_size
-        words = self._words(offset, self.cluster).reshape(-1, step // 8)
-        descriptors = words[:, 0]
-        is_compressed = (descriptors & np.uint64(COMPRESSED)) != 0
-        places = (descriptors & np.uint64(OFFSET)).astype(np.int64)
-        used = (places != 0) & ~is_compressed & self.own_data
-        streams = np.flatnonzero(is_compressed & self.own_data)
-        starts, lengths = self.image.compressed_spans(descriptors[streams])
+        raw = self.file.pread(offset, self.cluster).ljust(self.cluster, b"\0")
+        if self._leads_nowhere(raw, step):
+            return NO_CLUSTERS
+        marks, words = entry_marks(raw, step), words64(raw, "big")
+        descriptors = words[:: step // 8]
+        streams: Sequence[int] = ()
+        spans: list[tuple[int, int]] = []
+        if self.own_data:
+            streams = array("I", used(marks.translate(_chosen(IS_COMPRESSED))))
+            spans = self.image.compressed_spans(map(descriptors.__getitem__, streams))
+        entries, counts, places, copied = array("I"), array("I"), array("Q"), bytearray()
+        if self.own_data:
+            for first, end, kind in entry_runs(marks.translate(_PLACED), raw, self.header, (1, 2)):
+                if kind:
+                    entries.append(first)
+                    counts.append(end - first)
+                    places.append(descriptors[first] & OFFSET)
+                    copied.append(kind == 2)
+        starts = array("Q", (start for start, _ in spans))
+        table = L2Table(entries, counts, places, bytes(copied), starts, array("I", (length for _, length in spans)))
         if report:
-            self._report_entries(words, is_compressed, places, offset)
-            self._placed("L2 entry", places, used, offset, step, round_up(self.size, self.cluster))
-            # A stream may end before its last sector does, so only where it starts can be judged.
-            behind = streams[starts >= self.size]
-            self._report(
-                "outside", "compressed L2 entry {} points behind the file's end".format, behind, offset, step
-            )
-        entries = np.flatnonzero(used)
-        copied = (descriptors[entries] & np.uint64(COPIED)) != 0
-        return L2Table(places[entries], copied, entries, starts, lengths)
+            self._report_entries(marks, descriptors, words[1::2], offset)
+            self._report_places(table, descriptors, streams, offset)
+        return table
 
-    def _report_entries(self, words: Words, is_compressed: NDArray[np.bool_], places: Offsets, at: int) -> None:
-        import numpy as np
+    def _leads_nowhere(self, raw: bytes, step: int) -> bool:
+        """Whether a table says the same of all clusters, and that they are nowhere: nothing is wrong with it then."""
+        if raw != raw[:step] * (len(raw) // step):
+            return False
+        word = int.from_bytes(raw[:8], "big")
+        if self.header.extended_l2:
+            return word == 0 and not any(raw[12:16])
+        return word == 0 or (word == ZERO_FLAG and self.header.version > 2)
 
-        descriptors, step = words[:, 0], self.header.l2_entry_size
-        plain = np.where(is_compressed, np.uint64(0), descriptors)
-        no_zero_flag = self.header.version == 2 or self.header.extended_l2
-        self._reserved("L2 entry", plain, at, step, L2_RESERVED | no_zero_flag)
-        copied = (descriptors & np.uint64(COPIED)) != 0
-        wrong = is_compressed & copied
+    def _report_places(self, table: L2Table, descriptors: Words, streams: Sequence[int], at: int) -> None:
+        step, inside = self.header.l2_entry_size, round_up(self.size, self.cluster)
+        unaligned, outside = array("I"), array("I")
+        for entry, number, place in zip(table.entries, table.counts, table.places, strict=True):
+            if place % self.cluster:
+                unaligned.extend(range(entry, entry + number))
+            elif place + number * self.cluster > inside:
+                outside.extend(range(entry + max(0, (inside - place) // self.cluster), entry + number))
+        self._misplaced("L2 entry", descriptors, unaligned, outside, at, step)
+        # A stream may end before its last sector does, so only where it starts can be judged.
+        behind = [entry for entry, start in zip(streams, table.compressed, strict=True) if start >= self.size]
+        self._report("outside", "compressed L2 entry {} points behind the file's end".format, behind, at, step)
+
+    def _report_entries(self, marks: bytes, descriptors: Words, bitmaps: Words, at: int) -> None:
+        step = self.header.l2_entry_size
+        reserved = marks.translate(_chosen(IS_RESERVED, IS_COMPRESSED))
+        if self.header.version == 2 or self.header.extended_l2:
+            flagged = marks.translate(_chosen(HAS_ZERO, IS_COMPRESSED))
+            reserved = bytes(map(max, reserved, flagged)) if 1 in flagged else reserved
+        self._reserved("L2 entry", descriptors, array("I", used(reserved)), at, step)
         if not self.own_data:
-            wrong |= is_compressed
-            uncopied = np.flatnonzero((places != 0) & ~is_compressed & ~copied)
+            uncopied = array("I", used(marks.translate(_chosen(HAS_PLACE, IS_COMPRESSED | IS_COPIED))))
             what = "L2 entry {}: no copied flag on a cluster of the data file"
             self._report("copied-flag", what.format, uncopied, at, step)
+        wrong = marks.translate(_chosen(IS_COMPRESSED | IS_COPIED * self.own_data))
+        contradicting = array("I", used(wrong))
         if self.header.extended_l2:
-            bitmaps = words[:, 1]
-            allocated = bitmaps & np.uint64(0xFFFFFFFF)
-            both = allocated & (bitmaps >> np.uint64(32))
-            nowhere = (places == 0) & (self.own_data | ~copied)
-            wrong |= np.where(is_compressed, bitmaps != 0, (both != 0) | ((allocated != 0) & nowhere))
+            placed = HAS_PLACE if self.own_data else HAS_PLACE | IS_COPIED
+            contradicting = array(
+                "I",
+                compress(count(), map(_contradicts, wrong, marks, bitmaps, repeat(placed))),
+            )
         self._report(
             "contradiction",
-            lambda entry: f"L2 entry {entry} ({int(descriptors[entry]):#x}) contradicts its flags or its bitmap",
-            np.flatnonzero(wrong),
+            lambda entry: f"L2 entry {entry} ({descriptors[entry]:#x}) contradicts its flags or its bitmap",
+            contradicting,
             at,
             step,
         )
+
+
+def _contradicts(wrong: int, mark: int, bitmap: int, placed: int) -> bool:
+    """Of an extended L2 entry."""
+    if mark & IS_COMPRESSED:
+        return bool(wrong or bitmap)
+    return bool(bitmap & bitmap >> 32 & 0xFFFFFFFF or (bitmap & 0xFFFFFFFF and not mark & placed))
 
 
 def claimed_ranges(image: Qcow2Image) -> Iterator[Range]:
     """All metadata and data the image claims in its file, a range a pointer; nothing is judged."""
     walk = Walk(image)
     for claim in walk.metadata():
-        yield from _as_ranges(claim)
-    tables, _ = walk.l2_tables()
-    for offset in tables.tolist():
+        for offset in claim.offsets:
+            yield Range(offset, claim.length, claim.kind)
+    for offset in walk.l2_tables()[0]:
         yield Range(offset, walk.cluster, "L2 table")
         table = walk.l2_table(offset)
-        for place in table.plain.tolist():
-            yield Range(place, walk.cluster, "data")
-        yield from _as_ranges(Claim("compressed data", table.compressed, table.lengths))
-
-
-def _as_ranges(claim: Claim) -> Iterator[Range]:
-    for offset, length in zip(claim.offsets.tolist(), claim.lengths.tolist(), strict=True):
-        yield Range(offset, length, claim.kind)
+        for number, place in zip(table.counts, table.places, strict=True):
+            for at in range(place, place + number * walk.cluster, walk.cluster):
+                yield Range(at, walk.cluster, "data")
+        for start, length in zip(table.compressed, table.lengths, strict=True):
+            yield Range(start, length, "compressed data")

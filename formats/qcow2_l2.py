@@ -1,25 +1,36 @@
 """L2 tables of qcow2, decoded: what each cluster or subcluster is and where it lies.
 
-Follows QEMU's docs/interop/qcow2.txt, "Cluster mapping" and "Extended L2 Entries". A table is decoded as a whole by
-numpy into arrays of kind and offset; entries that no sound image has are CorruptImage.
+Follows QEMU's docs/interop/qcow2.txt, "Cluster mapping" and "Extended L2 Entries". A table is decoded as a whole into
+runs of one kind; entries that no sound image has are CorruptImage.
 
 With an external data file the offsets are those of that file, and an offset of 0 with the copied flag is a place.
 That they must be the guest's own offsets is for the reader to see: a table does not know where in the disk it is.
+
+Design notes
+- Each entry is made a byte that says what kind it is, and each offset is compared with its neighbour's, for all
+  entries of a table at once: by bytes.translate, and by adding and comparing numbers as long as the table.
+- Where all entries are the same (a disk of zeros) one comparison of memory finds it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import re
+import sys
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
+from itertools import compress, groupby, repeat
+from operator import and_
+from typing import TYPE_CHECKING, NamedTuple
 
 from imagekit.errors import CorruptImage
 from imagekit.formats.base import File
 from imagekit.formats.qcow2_header import Qcow2Header
+from imagekit.formats.words import used, words64
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Table = NDArray[np.uint64]
+    from imagekit.formats.words import Words
 
 OFFSET_MASK = 0x00FFFFFFFFFFFE00
 COPIED_FLAG = 1 << 63
@@ -27,7 +38,35 @@ COMPRESSED_FLAG = 1 << 62
 ZERO_FLAG = 1
 
 UNALLOCATED, ZERO, PLAIN, COMPRESSED = range(4)
+MIXED = 4
+"""A cluster whose subclusters are of several kinds; only inside a decoded table."""
 SUBCLUSTERS = 32
+
+HAS_PLACE, HAS_ZERO, IS_COMPRESSED, IS_COPIED, IS_RESERVED = (1 << bit for bit in range(5))
+"""What the byte that stands for an entry says; a compressed one has only that and the copied flag for certain."""
+
+_ALL = (1 << SUBCLUSTERS) - 1
+_BITMAPS = {0: UNALLOCATED, _ALL: PLAIN, _ALL << SUBCLUSTERS: ZERO}
+
+
+def translation(meaning: Callable[[int], int]) -> bytes:
+    """A table for bytes.translate."""
+    return bytes(map(meaning, range(256)))
+
+
+def _top(byte: int) -> int:
+    return IS_COPIED * (byte >> 7) | IS_COMPRESSED * (byte >> 6 & 1) | IS_RESERVED * (byte & 0x3F != 0)
+
+
+_BYTES = (
+    translation(_top),
+    *[translation(bool)] * 5,
+    translation(lambda byte: HAS_PLACE * (byte > 1) | IS_RESERVED * (byte & 1)),
+    translation(lambda byte: HAS_ZERO * (byte & 1) | IS_RESERVED * (byte > 1)),
+)
+"""What each byte of an entry adds to the byte that stands for it."""
+
+_STRETCHES = re.compile(b"|".join(b"%c+" % kind for kind in range(MIXED + 1)))
 
 
 def compressed_offset_mask(header: Qcow2Header) -> int:
@@ -35,116 +74,235 @@ def compressed_offset_mask(header: Qcow2Header) -> int:
     return (1 << (62 - (header.cluster_bits - 8))) - 1
 
 
-class L2(NamedTuple):
-    """One decoded L2 table: an item a cluster, or a subcluster with extended L2 entries."""
+def entry_marks(raw: bytes, step: int) -> bytes:
+    """A byte for each of the entries, ``step`` bytes long, of a table."""
+    marks = 0
+    for at, table in enumerate(_BYTES):
+        marks |= int.from_bytes(raw[at::step].translate(table), "little")
+    return marks.to_bytes(len(raw) // step, "little")
 
-    kinds: NDArray[np.uint8]
-    offsets: Table
-    descriptors: Table  # one a cluster
+
+def entry_runs(
+    kinds: bytes, raw: bytes, header: Qcow2Header, split: tuple[int, ...]
+) -> Iterator[tuple[int, int, int]]:
+    """(first, end, kind) of the entries of one kind; those in ``split`` also end where offsets do not go on."""
+    cuts = _cuts(raw, header) if any(kind in kinds for kind in split) else []
+    for match in _STRETCHES.finditer(kinds):
+        first, end = match.span()
+        kind = kinds[first]
+        if kind in split and end - first > 1:
+            for at in cuts[bisect_right(cuts, first) : bisect_left(cuts, end)]:
+                yield first, at, kind
+                first = at
+        yield first, end, kind
+
+
+@lru_cache(maxsize=16)
+def _lanes(value: int, step: int, count: int) -> int:
+    """A number as long as a table, with the same first word in each entry."""
+    return int.from_bytes((value.to_bytes(8, "big") + bytes(step - 8)) * count, "big")
+
+
+def _cuts(raw: bytes, header: Qcow2Header) -> list[int]:
+    """Entries that do not lie a cluster behind the one before, ascending."""
+    step = header.l2_entry_size
+    count = len(raw) // step
+    # Offsets end far below the top of their words: no sum carries into the next.
+    places = int.from_bytes(raw, "big") & _lanes(OFFSET_MASK, step, count)
+    expected = (places >> step * 8) + _lanes(header.cluster_size, step, count)
+    differences = words64((places ^ expected).to_bytes(len(raw), "big"), sys.byteorder)
+    return list(used(differences[:: step // 8]))
+
+
+class L2(NamedTuple):
+    """One decoded L2 table, as runs of clusters of one kind."""
+
+    starts: Words
+    """The clusters that runs begin with, and one more for the end."""
+    kinds: bytes
+    offsets: Words
+    """Where plain runs lie."""
+    descriptors: Words
+    """One a cluster, where any are needed: of compressed and mixed ones."""
+    bitmaps: Words
+    """One a cluster, with extended L2 entries."""
+    cluster_size: int
+    extended: bool
+
+    def runs(self, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
+        """(first, end, kind, offset of plain ones) of clusters, or of subclusters with extended L2 entries."""
+        return self._subcluster_runs(first, last) if self.extended else self._cluster_runs(first, last)
+
+    def _cluster_runs(self, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
+        starts, kinds = self.starts, self.kinds
+        at = bisect_right(starts, first) - 1
+        while first < last:
+            end, kind = min(starts[at + 1], last), kinds[at]
+            offset = self.offsets[at] + (first - starts[at]) * self.cluster_size if kind == PLAIN else 0
+            yield first, end, kind, offset
+            first = end
+            at += 1
+
+    def _subcluster_runs(self, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
+        """The same, with parts of clusters put together where they go on."""
+        unit = self.cluster_size // SUBCLUSTERS
+        start, edge, kind, offset = first, first, UNALLOCATED, 0
+        for one, end, other, place in self._parts(first // SUBCLUSTERS, -(-last // SUBCLUSTERS)):
+            begin, stop = max(one, first), min(end, last)
+            if begin >= stop:
+                continue
+            at = place + (begin - one) * unit
+            if other != kind or (kind == PLAIN and at != offset + (begin - start) * unit):
+                if edge > start:
+                    yield start, edge, kind, offset
+                start, kind, offset = begin, other, at
+            edge = stop
+        if edge > start:
+            yield start, edge, kind, offset
+
+    def _parts(self, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
+        unit = self.cluster_size // SUBCLUSTERS
+        for one, end, kind, offset in self._cluster_runs(first, last):
+            if kind != MIXED:
+                yield one * SUBCLUSTERS, end * SUBCLUSTERS, kind, offset
+                continue
+            for cluster in range(one, end):
+                place, base = self.descriptors[cluster] & OFFSET_MASK, cluster * SUBCLUSTERS
+                for start, stop, part in _bitmap_runs(self.bitmaps[cluster]):
+                    yield base + start, base + stop, part, place + start * unit
+
+
+@lru_cache(maxsize=4096)
+def _bitmap_runs(bitmap: int) -> tuple[tuple[int, int, int], ...]:
+    """(first, end, kind) of the subclusters: bit i of the low half is allocated, of the high half zero."""
+    kinds = [
+        PLAIN if bitmap >> at & 1 else ZERO if bitmap >> (at + SUBCLUSTERS) & 1 else UNALLOCATED
+        for at in range(SUBCLUSTERS)
+    ]
+    found, at = [], 0
+    for kind, group in groupby(kinds):
+        end = at + len(list(group))
+        found.append((at, end, kind))
+        at = end
+    return tuple(found)
 
 
 def decode_l2(raw: bytes, header: Qcow2Header, file: File, at: int) -> L2:
     """``raw`` is the table, a cluster read at ``at`` of the file."""
-    import numpy as np
-
-    words = np.frombuffer(raw, ">u8").astype(np.uint64)
+    step = header.l2_entry_size
+    count = len(raw) // step
+    if raw == raw[:step] * count:
+        word = int.from_bytes(raw[:step], "big")
+        if word == 0 or (word == ZERO_FLAG and header.version > 2 and not header.extended_l2):
+            return _alike(word, count, header.cluster_size, header.extended_l2)
+    marks, words = entry_marks(raw, step), words64(raw, "big")
+    descriptors, bitmaps = (words[::2], words[1::2]) if header.extended_l2 else (words, array("Q"))
+    _check_compressed(marks, descriptors, header, file, at)
     if header.extended_l2:
-        pairs = words.reshape(-1, 2)
-        kinds, offsets = _decode_extended(pairs, header, file, at)
-        return L2(kinds, offsets, pairs[:, 0])
-    compressed = (words & np.uint64(COMPRESSED_FLAG)) != 0
-    _check_compressed(compressed, words, header, file, at)
-    offsets = np.where(compressed, np.uint64(0), words & np.uint64(OFFSET_MASK))
-    kinds = np.where(_placed(words, offsets, header), PLAIN, UNALLOCATED).astype(np.uint8)
-    kinds[(words & np.uint64(ZERO_FLAG)) != 0] = ZERO
-    kinds[compressed] = COMPRESSED
-    if header.version == 2 and (kinds == ZERO).any():
-        raise CorruptImage(
-            "an L2 entry has the zero flag, which version 2 does not have",
-            path=file.name,
-            offset=at + int((kinds == ZERO).argmax()) * 8,
-        )
-    _check_plain(offsets, kinds == PLAIN, header, file, at)
-    return L2(kinds, offsets, words)
+        kinds = _extended_kinds(marks, descriptors, bitmaps, header, file, at)
+    else:
+        kinds = marks.translate(_kinds(header.external_data))
+        if header.version == 2 and ZERO in kinds:
+            raise CorruptImage(
+                "an L2 entry has the zero flag, which version 2 does not have",
+                path=file.name,
+                offset=at + kinds.index(ZERO) * 8,
+            )
+    starts, found, offsets = array("I"), bytearray(), array("Q")
+    for first, end, kind in entry_runs(kinds, raw, header, (PLAIN,)):
+        place = descriptors[first] & OFFSET_MASK if kind == PLAIN else 0
+        if kind == PLAIN:
+            _check_plain(place, first, end, header, file, at)
+        elif kind == MIXED:
+            for cluster in range(first, end):
+                if bitmaps[cluster] & _ALL:
+                    _check_plain(descriptors[cluster] & OFFSET_MASK, cluster, cluster + 1, header, file, at)
+        starts.append(first)
+        found.append(kind)
+        offsets.append(place)
+    starts.append(count)
+    if COMPRESSED not in kinds and MIXED not in kinds:
+        descriptors, bitmaps = array("Q"), array("Q")
+    return L2(starts, bytes(found), offsets, descriptors, bitmaps, header.cluster_size, header.extended_l2)
 
 
-def _placed(descriptors: Table, offsets: Table, header: Qcow2Header) -> NDArray[np.bool_]:
-    """Which entries that are not compressed have a place."""
-    import numpy as np
-
-    placed: NDArray[np.bool_] = offsets != 0
-    if header.external_data:
-        placed |= (descriptors & np.uint64(COPIED_FLAG)) != 0
-    return placed
+@lru_cache(maxsize=8)
+def _alike(word: int, count: int, cluster_size: int, extended: bool) -> L2:
+    """A table of nothing, or of nothing but zeros."""
+    kind = ZERO if word else UNALLOCATED
+    return L2(array("I", [0, count]), bytes([kind]), array("Q", [0]), array("Q"), array("Q"), cluster_size, extended)
 
 
-def _decode_extended(
-    words: Table, header: Qcow2Header, file: File, at: int
-) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
-    """Kinds and offsets by subcluster (bit i of each half of the bitmap, low half: allocated)."""
-    import numpy as np
+@cache
+def _kinds(external: bool) -> bytes:
+    """The kind of an entry by its marks. With an external data file the copied flag alone says it has a place."""
+    placed = HAS_PLACE | IS_COPIED * external
 
-    descriptors, bitmaps = words[:, 0], words[:, 1]
-    # Little-endian bytes with little bit order: column i is bit i.
-    bits = np.unpackbits(bitmaps.astype("<u8").view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
-    allocated, zero = bits[:, :SUBCLUSTERS] != 0, bits[:, SUBCLUSTERS:] != 0
-    compressed = (descriptors & np.uint64(COMPRESSED_FLAG)) != 0
-    _check_compressed(compressed, descriptors, header, file, at)
-    offsets = np.where(compressed, np.uint64(0), descriptors & np.uint64(OFFSET_MASK))
-    placed = _placed(descriptors, offsets, header)
-    lost = (allocated & zero).any(axis=1) | (allocated.any(axis=1) & ~placed)
-    wrong = np.flatnonzero((lost | ((descriptors & np.uint64(1)) != 0)) & ~compressed)
-    if len(wrong):
-        raise CorruptImage(
-            "an extended L2 entry contradicts its bitmap",
-            path=file.name,
-            offset=at + int(wrong[0]) * 16,
-        )
-    kinds = np.where(allocated, PLAIN, UNALLOCATED).astype(np.uint8)
-    kinds[zero] = ZERO
-    kinds[compressed] = COMPRESSED
-    steps = np.arange(SUBCLUSTERS, dtype=np.uint64) * np.uint64(header.cluster_size // SUBCLUSTERS)
-    spread = np.where(placed[:, None], offsets[:, None] + steps, np.uint64(0))
-    _check_plain(offsets, (kinds == PLAIN).any(axis=1), header, file, at)
-    return kinds.reshape(-1), spread.reshape(-1)
+    def kind(mark: int) -> int:
+        if mark & IS_COMPRESSED:
+            return COMPRESSED
+        return ZERO if mark & HAS_ZERO else PLAIN if mark & placed else UNALLOCATED
+
+    return translation(kind)
 
 
-def _check_plain(offsets: Table, plain: NDArray[Any], header: Qcow2Header, file: File, at: int) -> None:
-    import numpy as np
+def _extended_kinds(
+    marks: bytes, descriptors: Words, bitmaps: Words, header: Qcow2Header, file: File, at: int
+) -> bytes:
+    placed = HAS_PLACE | IS_COPIED * header.external_data
+    kinds = bytearray(map(_BITMAPS.get, bitmaps, repeat(MIXED)))
+    for entry, (mark, bitmap) in enumerate(zip(marks, bitmaps, strict=True)):
+        if mark & IS_COMPRESSED:
+            kinds[entry] = COMPRESSED
+        elif mark & HAS_ZERO or bitmap & bitmap >> SUBCLUSTERS or (bitmap & _ALL and not mark & placed):
+            raise CorruptImage(
+                "an extended L2 entry contradicts its bitmap",
+                path=file.name,
+                offset=at + entry * 16,
+            )
+    return bytes(kinds)
 
-    wrong = (offsets & np.uint64(header.cluster_size - 1)) != 0
-    if not header.external_data:
+
+def _check_plain(place: int, first: int, end: int, header: Qcow2Header, file: File, at: int) -> None:
+    """Entries that lie one behind the other from ``place`` on."""
+    cluster = header.cluster_size
+    entry = end
+    if place % cluster:
+        entry = first
+    elif not header.external_data and place + (end - first - 1) * cluster >= file.size:
         # A file may end inside its last cluster, where the guest's disk ends too: checked when that is read.
-        wrong |= offsets >= np.uint64(file.size)
-    entries = np.flatnonzero(plain & wrong)
-    if len(entries):
-        entry = int(entries[0])
+        entry = first + max(0, -(-(file.size - place) // cluster))
+    if entry < end:
+        place += (entry - first) * cluster
         raise CorruptImage(
-            f"an L2 entry points to {int(offsets[entry]):#x}: not on a cluster or behind the file's end "
-            f"{file.size:#x}",
+            f"an L2 entry points to {place:#x}: not on a cluster or behind the file's end {file.size:#x}",
             hint="the file looks damaged or truncated; fetch it again and compare its checksum",
             path=file.name,
             offset=at + entry * header.l2_entry_size,
         )
 
 
-def _check_compressed(compressed: NDArray[Any], descriptors: Table, header: Qcow2Header, file: File, at: int) -> None:
-    import numpy as np
+_COMPRESSED_MARKS = translation(lambda mark: int(mark & IS_COMPRESSED != 0))
 
-    if header.external_data and compressed.any():
+
+def _check_compressed(marks: bytes, descriptors: Words, header: Qcow2Header, file: File, at: int) -> None:
+    compressed = marks.translate(_COMPRESSED_MARKS)
+    if 1 not in compressed:
+        return
+    if header.external_data:
         raise CorruptImage(
             "a compressed cluster in an image whose data lies in another file",
             path=file.name,
-            offset=at + int(compressed.argmax()) * header.l2_entry_size,
+            offset=at + compressed.index(1) * header.l2_entry_size,
         )
     # A stream may end before its last sector does, so only where it starts can be judged here.
-    starts = descriptors & np.uint64(compressed_offset_mask(header))
-    entries = np.flatnonzero(compressed & (starts >= np.uint64(file.size)))
-    if len(entries):
-        entry = int(entries[0])
-        raise CorruptImage(
-            f"a compressed cluster starts at {int(starts[entry]):#x}, behind the file's end {file.size:#x}",
-            hint="the file looks damaged or truncated; fetch it again and compare its checksum",
-            path=file.name,
-            offset=at + entry * header.l2_entry_size,
-        )
+    mask = compressed_offset_mask(header)
+    if max(map(and_, compress(descriptors, compressed), repeat(mask))) < file.size:
+        return
+    entry = next(at for at in used(compressed) if descriptors[at] & mask >= file.size)
+    raise CorruptImage(
+        f"a compressed cluster starts at {descriptors[entry] & mask:#x}, behind the file's end {file.size:#x}",
+        hint="the file looks damaged or truncated; fetch it again and compare its checksum",
+        path=file.name,
+        offset=at + entry * header.l2_entry_size,
+    )

@@ -15,20 +15,21 @@ Not here: refcount blocks that are missing, counts that do not fit their width, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress, groupby
 from typing import TYPE_CHECKING
 
 from imagekit.formats.base import Barrier, Change, Write
 from imagekit.formats.qcow2 import Qcow2Image
-from imagekit.formats.qcow2_check import CopiedFlags, Counting, Found, Window, refuse_unknown, unpack_refcounts
+from imagekit.formats.qcow2_check import CopiedFlags, Counting, Found, Window, refuse_unknown
 from imagekit.formats.qcow2_claims import COPIED
 from imagekit.formats.qcow2_header import AUTOCLEAR_AT, DIRTY, INCOMPATIBLE_AT, KNOWN_AUTOCLEAR
+from imagekit.formats.qcow2_refcounts import pack_refcounts, unpack_refcounts
+from imagekit.formats.words import packed, stretches, words64
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from imagekit.formats.qcow2_check import Counts
+    from imagekit.formats.words import Words
 
 
 def repair(image: Qcow2Image) -> list[Change]:
@@ -60,59 +61,49 @@ def _word(offset: int, value: int) -> Write:
 
 def _mend(image: Qcow2Image, counting: Counting, window: Window, steps: tuple[list[Change], ...]) -> bool:
     """Add what puts a window right to the four steps; whether all of it is right then."""
-    import numpy as np
-
     raised, cleared, lowered, flagged = steps
     largest = (1 << (1 << image.header.refcount_order)) - 1
-    can = counting.has_refcount(window) & (window.used <= np.uint64(largest))
-    right = np.where(can, window.used, window.stored)
-    between = np.maximum(window.stored, right)
-    raised += _refcounts(image, counting, window.low, window.stored, between)
-    lowered += _refcounts(image, counting, window.low, between, right)
-    for flags in counting.copied_flags(window, right):
-        cleared += _flags(image, flags, flags.entries[flags.set], 0)
-        flagged += _flags(image, flags, flags.entries[~flags.set], COPIED)
-    return bool((right == window.used).all())
+    low, stored, used = window.low, window.stored, window.used
+    differing = window.differences()
+    can = array("I", (at for at in differing if used[at] <= largest and counting.refcount_at(low + at) is not None))
+    up, down = (array("I", (at for at in can if (used[at] > stored[at]) is more)) for more in (True, False))
+    counts = stored[:] if can else stored
+    for at in up:
+        counts[at] = used[at]
+    raised += _refcounts(image, counting, low, up, counts)
+    for at in down:
+        counts[at] = used[at]
+    lowered += _refcounts(image, counting, low, down, counts)
+    for flags in counting.copied_flags(window, counts):
+        cleared += _flags(image, flags, compress(flags.entries, flags.set), 0)
+        flagged += _flags(image, flags, compress(flags.entries, map((0).__eq__, flags.set)), COPIED)
+    return len(can) == len(differing)
 
 
-def _refcounts(image: Qcow2Image, counting: Counting, low: int, old: Counts, new: Counts) -> Iterator[Write]:
+def _refcounts(
+    image: Qcow2Image, counting: Counting, low: int, changed: Sequence[int], counts: Words
+) -> Iterator[Write]:
     """A write for each refcount block with changes, from the first of them to the last."""
-    import numpy as np
-
     order = image.header.refcount_order
     per_byte = max(1, 8 >> order)
-    changed = np.flatnonzero(old != new)
-    borders = np.flatnonzero(np.diff((changed + low) // counting.per_block)) + 1
-    for part in np.split(changed, borders) if len(changed) else ():
-        first = int(part[0]) // per_byte * per_byte
-        count = -(-(int(part[-1]) + 1 - first) // per_byte) * per_byte
+    for _, group in groupby(changed, lambda at: (low + at) // counting.per_block):
+        part = list(group)
+        first = part[0] // per_byte * per_byte
+        count = -(-(part[-1] + 1 - first) // per_byte) * per_byte
         offset = counting.refcount_at(low + first)
+        assert offset is not None  # only counts that are stored are changed
         length = count << order >> 3
         # Past the file's end, in the last byte, are counts that nobody asked about: they stay.
         numbers = unpack_refcounts(image.file.pread(offset, length).ljust(length, b"\0"), order)
-        numbers[: len(new) - first] = new[first : first + count]
+        known = min(count, len(counts) - first)
+        numbers[:known] = counts[first : first + known]
         yield Write(offset, pack_refcounts(numbers, order))
 
 
-def _flags(image: Qcow2Image, flags: CopiedFlags, entries: NDArray[np.int64], value: int) -> Iterator[Write]:
+def _flags(image: Qcow2Image, flags: CopiedFlags, entries: Iterable[int], value: int) -> Iterator[Write]:
     """The entries with the flag set or cleared; neighbours by one write."""
-    import numpy as np
-
-    joined = flags.step == 8
-    borders = np.flatnonzero(np.diff(entries) != 1) + 1 if joined else np.arange(1, len(entries))
-    for part in np.split(entries, borders) if len(entries) else ():
-        offset = flags.table + int(part[0]) * flags.step
-        words = np.frombuffer(image.file.pread(offset, len(part) * 8), ">u8").astype(np.uint64)
-        mended = (words & np.uint64(COPIED - 1)) | np.uint64(value)
-        yield Write(offset, mended.astype(">u8").tobytes())
-
-
-def pack_refcounts(numbers: Counts, order: int) -> bytes:
-    """The inverse of :func:`unpack_refcounts`; a whole number of bytes."""
-    import numpy as np
-
-    if order >= 3:
-        return numbers.astype(f">u{1 << (order - 3)}").tobytes()
-    width = 1 << order
-    bits = (numbers[:, None] >> np.arange(width, dtype=np.uint64)) & np.uint64(1)
-    return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
+    parts = stretches(entries) if flags.step == 8 else ((entry, 1) for entry in entries)
+    for first, count in parts:
+        offset = flags.table + first * flags.step
+        words = words64(image.file.pread(offset, count * 8), "big")
+        yield Write(offset, packed(array("Q", (word & (COPIED - 1) | value for word in words)), "big"))

@@ -27,7 +27,8 @@ from imagekit.formats import qcow2_check
 from imagekit.formats.base import Problem
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.qcow2 import FORMAT
-from imagekit.formats.qcow2_check import LISTED, unpack_refcounts
+from imagekit.formats.qcow2_check import LISTED
+from imagekit.formats.qcow2_refcounts import unpack_refcounts
 from tests.disks import noise, qcow2_recipes, text
 
 C = 512

@@ -28,8 +28,8 @@ from imagekit.formats import qcow2_check
 from imagekit.formats.base import Barrier, Change, Write
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.qcow2 import FORMAT
-from imagekit.formats.qcow2_check import unpack_refcounts
-from imagekit.formats.qcow2_repair import pack_refcounts as packed
+from imagekit.formats.qcow2_refcounts import pack_refcounts as packed
+from imagekit.formats.qcow2_refcounts import unpack_refcounts
 from tests.disks import content, noise, qcow2_recipes, text
 
 C = 512
@@ -138,7 +138,7 @@ def dangers(made: Qcow2, sound: Qcow2) -> set[tuple[str, int]]:
             unpack_refcounts(image.data[at : at + made.recipe.cluster_size], order) for image in (made, sound)
         )
         first = block * len(one)
-        low = (one < other).nonzero()[0].tolist()
+        low = [index for index, (now, then) in enumerate(zip(one, other, strict=True)) if now < then]
         found |= {("too low", first + index) for index in low if first + index < total}
     shared = [at for at in flagged(sound) if not sound.number(at) & COPIED]
     return found | {("written in place", at) for at in shared if made.number(at) & COPIED}

@@ -24,8 +24,6 @@ READ_PIECE = 128 << 10
 
 def _clusters(path: str) -> tuple[int, list[tuple[int, int]], int]:
     """(cluster size, places of the compressed clusters, bytes of the plain ones)."""
-    import numpy as np
-
     from imagekit.formats.files import LocalFile
     from imagekit.formats.qcow2 import FORMAT
     from imagekit.formats.qcow2_l2 import COMPRESSED, PLAIN
@@ -36,8 +34,7 @@ def _clusters(path: str) -> tuple[int, list[tuple[int, int]], int]:
         plain = 0
         for run in image._runs(0, image.virtual_size):
             if run.kind == COMPRESSED:
-                offsets, lengths = image.compressed_spans(np.asarray(run.entries))
-                places += zip(offsets.tolist(), lengths.tolist(), strict=True)
+                places += image.compressed_spans(run.entries)
             elif run.kind == PLAIN:
                 plain += run.length
         return image.header.cluster_size, places, plain
