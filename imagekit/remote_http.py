@@ -4,7 +4,8 @@ A :class:`Resource` fetches ranges of one representation and refuses everything 
 to a range, another size, another ETag or Last-Modified, content or transfer codings that change the bytes. What
 drops or stalls is resumed where it stopped; an answer without a length is no answer.
 
-Only the standard library. Not here: proxies, cookies, authentication other than by headers the caller passes.
+Only the standard library. Not here: cookies, authentication other than by headers the caller passes; which proxy to
+use is what imagekit.proxies finds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 from imagekit.errors import SourceError, UnsafeImage, UsageError
 from imagekit.formats.base import KiB
+from imagekit.proxies import Proxy, proxy_for
 
 SCHEMES = ("http", "https")
 READ = 256 * KiB
@@ -114,6 +116,7 @@ class Connections:
         self._own = threading.local()
         self._lock = threading.Lock()
         self._all: list[http.client.HTTPConnection] = []
+        self._proxies: dict[tuple[str, str], Proxy | None] = {}
         self.closed = threading.Event()
 
     def get(self, parts: SplitResult) -> http.client.HTTPConnection:
@@ -129,12 +132,31 @@ class Connections:
         return mine[key]
 
     def _new(self, parts: SplitResult) -> http.client.HTTPConnection:
-        host = parts.hostname or ""
+        proxy = self.proxy(parts)
+        host, port = (parts.hostname or "", parts.port) if proxy is None else (proxy.host, proxy.port)
         timeout = self._options.timeout
         if parts.scheme == "http":
-            return http.client.HTTPConnection(host, parts.port, timeout=timeout)
+            return http.client.HTTPConnection(host, port, timeout=timeout)
         context = self._options.context or ssl.create_default_context()
-        return http.client.HTTPSConnection(host, parts.port, timeout=timeout, context=context)
+        connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=context)
+        if proxy is not None:
+            connection.set_tunnel(parts.hostname or "", parts.port, headers=proxy.headers)
+        return connection
+
+    def proxy(self, parts: SplitResult) -> Proxy | None:
+        """The proxy that leads to that host; looked for once."""
+        key = (parts.scheme, parts.netloc)
+        if key not in self._proxies:
+            self._proxies[key] = proxy_for(parts)
+        return self._proxies[key]
+
+    def target(self, parts: SplitResult) -> tuple[str, Mapping[str, str]]:
+        """What a request asks its connection for, and the headers that a proxy needs besides."""
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        proxy = self.proxy(parts)
+        if proxy is None or parts.scheme == "https":
+            return path, {}
+        return f"{parts.scheme}://{parts.netloc}{path}", proxy.headers
 
     def close(self) -> None:
         with self._lock:
@@ -264,9 +286,9 @@ class Resource:
 
     def _request(self, parts: SplitResult, method: str, headers: Mapping[str, str]) -> Exchange:
         connection = self.connections.get(parts)
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        target, more = self.connections.target(parts)
         try:
-            connection.request(method, path, headers=dict(headers))
+            connection.request(method, target, headers={**headers, **more})
             response = connection.getresponse()
         except ssl.SSLCertVerificationError as error:
             connection.close()

@@ -6,6 +6,7 @@ A fault is given the number of the request (from 0) and decides about that one a
 from __future__ import annotations
 
 import gzip
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ class Site:
     ranges: bool = True
     etag: str | None = '"one"'
     latency: float = 0.0
+    tls: ssl.SSLContext | None = None
     address: str = ""
     requests: list[str] = field(default_factory=list)
     """The Range header of each request, in order."""
@@ -122,6 +124,8 @@ def serve(content: bytes, **options: Any) -> Iterator[Site]:
             """A client that hangs up is no error of the server's."""
 
     with Server(("127.0.0.1", 0), Handler) as server:
+        if site.tls is not None:
+            server.socket = site.tls.wrap_socket(server.socket, server_side=True)
         site.address = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
