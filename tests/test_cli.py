@@ -317,6 +317,14 @@ def test_one_command_is_made_without_the_others() -> None:
     assert len(application("no-such-command").registered_commands) == len(application().registered_commands) > 10
 
 
+def test_options_of_other_commands_are_not_put_together(disk: Path) -> None:
+    code = "import sys; from imagekit.cli.app import run; run(['info', 'disk.raw'])\n"
+    code += "from imagekit.cli import images\n"
+    code += "print([one.__name__ for one in (images.info, images.convert) if '__signature__' in vars(one)])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=disk.parent)
+    assert done.stdout.splitlines()[-1] == "['info']"
+
+
 def test_info_loads_no_other_command(disk: Path) -> None:
     code = "import sys; sys.argv[1:] = ['info', 'disk.raw']\nfrom imagekit.cli import main\n"
     code += "heavy = ['imagekit.cli.guests', 'importlib.metadata', 'hashlib', 'rich']\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -343,29 +343,45 @@ def command(
     group's name. So options that belong together are declared once. ``drawn``: its result can be a picture.
     """
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(function, eval_str=True)
-        makers = {**groups, "ui": _common}
-        parts = {name: inspect.signature(maker, eval_str=True).parameters for name, maker in makers.items()}
-        shown = [parameter for name, parameter in own.parameters.items() if name not in makers]
-        shown += [parameter for part in parts.values() for parameter in part.values()]
+    return lambda function: _Command(function, {**groups, "ui": _common}, drawn)
+
+
+class _Command:
+    """A function as typer wants it; its signature is put together when it is asked for, since one command runs."""
+
+    def __init__(self, function: Callable[..., None], makers: dict[str, Callable[..., object]], drawn: bool) -> None:
+        functools.update_wrapper(self, function, ("__module__", "__name__", "__qualname__", "__doc__"))
+        del self.__wrapped__  # type: ignore[attr-defined]  # its signature would win over ours
+        self._function = function
+        self._makers = makers
+        self._drawn = drawn
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, Mapping[str, inspect.Parameter]]:
+        """The parameters of each group."""
+        return {name: inspect.signature(one, eval_str=True).parameters for name, one in self._makers.items()}
+
+    @functools.cached_property
+    def __signature__(self) -> inspect.Signature:
+        own = inspect.signature(self._function, eval_str=True)
+        shown = [parameter for name, parameter in own.parameters.items() if name not in self._makers]
+        shown += [parameter for part in self._parts.values() for parameter in part.values()]
         parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in shown]
+        return own.replace(parameters=parameters)
 
-        @functools.wraps(function)
-        def wrapped(**values: Any) -> None:
-            made = {name: maker(**{key: values.pop(key) for key in parts[name]}) for name, maker in makers.items()}
-            ui = made["ui"]
-            assert isinstance(ui, Ui)
-            if ui.output == "svg" and not drawn:
-                raise typer.BadParameter("only map draws a picture", param_hint="--output")
-            try:
-                function(**made, **values)
-            finally:
-                ui.done()
+    @property
+    def __annotations__(self) -> dict[str, Any]:  # type: ignore[override]
+        return {one.name: one.annotation for one in self.__signature__.parameters.values()}
 
-        wrapped.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {one.name: one.annotation for one in parameters}
-        del wrapped.__wrapped__  # its signature would win over ours
-        return wrapped
-
-    return decorate
+    def __call__(self, **values: Any) -> None:
+        made = {
+            name: maker(**{key: values.pop(key) for key in self._parts[name]}) for name, maker in self._makers.items()
+        }
+        ui = made["ui"]
+        assert isinstance(ui, Ui)
+        if ui.output == "svg" and not self._drawn:
+            raise typer.BadParameter("only map draws a picture", param_hint="--output")
+        try:
+            self._function(**made, **values)
+        finally:
+            ui.done()
