@@ -15,8 +15,8 @@ Design notes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from imagekit.errors import UnsupportedFeature
 from imagekit.formats.base import Barrier, Change, Copy, DiskImage, File, MiB, Write
@@ -33,13 +33,14 @@ from imagekit.formats.vhdx_metadata import (
 )
 from imagekit.formats.vhdx_resize import check_growth, check_size, grow
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
 BATCH_BYTES = 256 * MiB
 BATCH_STEPS = 4096
 """A batch ends when it has as many bytes to copy, or as many steps."""
+
+# For bytes.translate: the kinds of blocks that zeros of a child take away, where there is a parent and where not.
+_NOT_ZEROED = bytes(kind != ZEROED for kind in range(256))
+_HERE = bytes(kind == HERE for kind in range(256))
+_CHOSEN = re.compile(rb"\x01+")
 
 Own = tuple[int, int, bool]
 """(start, end, whether it holds data) of a part of the guest's disk that is the child's."""
@@ -229,22 +230,21 @@ class Batch:
 
     def take_away(self, first: int, count: int) -> Iterator[None]:
         """Blocks of which nothing is to be left but zeros; stops whenever the batch is full."""
-        import numpy as np
-
-        image = self._edit.image
+        image, chosen = self._edit.image, _NOT_ZEROED if self._geometry.differencing else _HERE
         end = min(first + count, image.geometry.blocks)  # blocks by which the disk grew are zeros
         while first < end:
             number, inside = divmod(first, WINDOW)
             stop = min(end, (number + 1) * WINDOW)
             kinds = image.bat.window(number).kinds[inside : stop - number * WINDOW]
-            blocks = first + np.flatnonzero(kinds != ZEROED if self._geometry.differencing else kinds == HERE)
-            if self._edit.fixed:
-                for block in blocks.tolist():
+            for found in _CHOSEN.finditer(kinds.translate(chosen)):
+                one, other = found.start() + first, found.end() + first
+                if not self._edit.fixed:
+                    self._forget(one, other)
+                    continue
+                for block in range(one, other):
                     self._zero(block)
                     if self.is_full:
                         yield
-            else:
-                self._forget(blocks)
             if self.is_full:
                 yield
             first = stop
@@ -255,17 +255,14 @@ class Batch:
             self._data.append(change)
             self._bytes += PIECE
 
-    def _forget(self, blocks: NDArray[np.int64]) -> None:
-        """BAT entries of blocks that are not there any more, neighbours in one write."""
-        import numpy as np
-
-        if not len(blocks):
-            return
-        value = ZERO if self._geometry.differencing else NOT_PRESENT
-        indexes = blocks + blocks // self._geometry.chunk_ratio
-        for run in np.split(indexes, np.flatnonzero(np.diff(indexes) != 1) + 1):
-            at = self._edit.entry(int(run[0]), value)
-            self._entries.append(Write(at.offset, at.data * len(run)))
+    def _forget(self, block: int, end: int) -> None:
+        """BAT entries of blocks that are not there any more, those of a chunk in one write."""
+        value, ratio = ZERO if self._geometry.differencing else NOT_PRESENT, self._geometry.chunk_ratio
+        while block < end:
+            stop = min(end, (block // ratio + 1) * ratio)
+            at = self._edit.entry(self._geometry.payload_index(block), value)
+            self._entries.append(Write(at.offset, at.data * (stop - block)))
+            block = stop
 
 
 def _joined(parts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -1,24 +1,28 @@
 """The BAT of a VHDX and its sector bitmaps, decoded window by window.
 
 Follows Microsoft's MS-VHDX, 2.5 "BAT". The BAT of a 64 TiB disk has 512 MiB: it is never in memory as a whole. A
-window of blocks is read and decoded by numpy, into an array of kinds and one of offsets, and checked then: every
-block that a guest can see lies behind the first MiB, inside the file, and on no region's place. A few windows and a
-few pieces of sector bitmaps are kept.
+window of blocks is read and decoded, into bytes that are kinds and an array of offsets, and checked then: every block
+that a guest can see lies behind the first MiB, inside the file, and on no region's place. A few windows and a few
+pieces of sector bitmaps are kept.
 
 Design notes
 - QEMU before 8.0.1 could leave junk in entries that no block uses, so what is not needed is not looked at: the
   entries of sector bitmaps where there is no parent, and those behind the last block.
 - The last block may be cut short by the file's end, past the end of the disk.
 - A partially present block where there is no parent is read as a present one, as Windows does.
+- A window is judged as a whole, by what runs in C; block by block only where something in it is wrong, to name that.
 """
 
 from __future__ import annotations
 
+import re
 import threading
+from array import array
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import chain, compress, pairwise, repeat
+from operator import add, mul, ne
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from imagekit.errors import CorruptImage
@@ -36,10 +40,10 @@ from imagekit.formats.vhdx_metadata import (
     STATE_BITS,
     Geometry,
 )
+from imagekit.formats.words import is_sequence, is_zero, packed, used, words64
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from imagekit.formats.words import Words
 
 # What a run of the guest's disk is.
 ABSENT, HERE, ZEROED, PARTIAL = 0, 1, 2, 3
@@ -53,6 +57,20 @@ BITMAP_PIECE = 64 * KiB
 _WINDOWS, _PIECES = 8, 16
 _DAMAGED = "the file looks damaged or truncated; fetch it again and compare its checksum"
 _INVALID = 4  # the one state that does not exist
+
+# For bytes.translate: the state in the first byte of an entry, the kind of a state, whether a kind has a place.
+_STATES = bytes(value & STATE_BITS for value in range(256))
+_OF_STATES = {NOT_PRESENT: ABSENT, FULLY_PRESENT: HERE, PARTIALLY_PRESENT: PARTIAL}
+_CHILDS_KINDS = bytes(_OF_STATES.get(state, ZEROED) for state in range(256))
+_KINDS = _CHILDS_KINDS.replace(bytes([PARTIAL]), bytes([HERE]))
+_PLACED = bytes(kind in (HERE, PARTIAL) for kind in range(256))
+_UNPLACED = bytes(kind not in (HERE, PARTIAL) for kind in range(256))
+
+# What the first and the third byte of an entry without reserved bits can be; the second is zero.
+_FIRST_BYTES, _THIRD_BYTES = bytes(range(STATE_BITS + 1)), bytes(range(0, 256, 16))
+
+_ALIKE = re.compile(rb"\x00+|\x01+|\x02+|\x03+")
+_ALIKE_BITS = re.compile("0+|1+")
 
 Value = TypeVar("Value")
 
@@ -71,11 +89,11 @@ class Run(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Decoded entries of neighbouring blocks. Read-only arrays."""
+    """Decoded entries of neighbouring blocks: one byte each; a place in the file or 0, not to be changed."""
 
-    states: NDArray[np.uint8]
-    kinds: NDArray[np.uint8]
-    offsets: NDArray[np.int64]
+    states: bytes
+    kinds: bytes
+    offsets: Words
 
 
 class _Cache(Generic[Value]):
@@ -121,53 +139,60 @@ class Bat:
         return found
 
     def _load(self, number: int) -> Window:
-        import numpy as np
-
         geometry = self.geometry
         first, stop = number * WINDOW, min((number + 1) * WINDOW, geometry.blocks)
         start, end = geometry.payload_index(first), geometry.payload_index(stop - 1) + 1
         raw = read_exactly(self._file, self.offset + start * ENTRY_SIZE, (end - start) * ENTRY_SIZE, "the BAT")
-        blocks = np.arange(first, stop, dtype=np.int64)
-        entries = np.frombuffer(raw, "<u8")[blocks + blocks // geometry.chunk_ratio - start]
-        if not entries.any():
-            nothing = np.zeros(len(entries), np.uint8)
-            return Window(nothing, nothing, np.zeros(len(entries), np.int64))
-        states = (entries & np.uint64(STATE_BITS)).astype(np.uint8)
-        kinds = np.full(len(states), ZEROED, dtype=np.uint8)
-        kinds[states == NOT_PRESENT] = ABSENT
-        kinds[states == FULLY_PRESENT] = HERE
-        kinds[states == PARTIALLY_PRESENT] = PARTIAL if geometry.differencing else HERE
-        here = (kinds == HERE) | (kinds == PARTIAL)
-        self._refuse(states == _INVALID, first, entries, "has the state 4, which does not exist")
-        self._refuse(here & ((entries & np.uint64(RESERVED_BITS)) != 0), first, entries, "has reserved bits set")
-        outside = self._outside(first, entries & np.uint64(OFFSET_BITS))
-        self._refuse(here & outside, first, entries, "does not lie in the file, or lies on one of its tables")
-        offsets = np.where(here, entries & np.uint64(OFFSET_BITS), 0).astype(np.int64)
-        return Window(states, kinds, offsets)
+        count = stop - first
+        if is_zero(raw):
+            return Window(bytes(count), bytes(count), array("Q", bytes(count * ENTRY_SIZE)))
+        entries = words64(raw, "little")
+        del entries[geometry.bitmap_slots(start, end)]
+        stored = bytearray(packed(entries, "little"))
+        states = stored[::ENTRY_SIZE].translate(_STATES)
+        kinds = bytes(states.translate(_CHILDS_KINDS if geometry.differencing else _KINDS))
+        here = kinds.translate(_PLACED)
+        self._refuse(states.find(_INVALID), first, entries, "has the state 4, which does not exist")
+        if _has_reserved(stored):
+            wrong = next((at for at in used(here) if entries[at] & RESERVED_BITS), -1)
+            self._refuse(wrong, first, entries, "has reserved bits set")
+        stored[::ENTRY_SIZE] = bytes(count)
+        offsets = words64(stored, "little")
+        if any(compress(offsets, kinds.translate(_UNPLACED))):
+            offsets = array("Q", map(mul, offsets, here))
+        if not self._all_inside(offsets, here):
+            wrong = next((at for at in used(here) if self._is_outside(first + at, offsets[at])), -1)
+            self._refuse(wrong, first, entries, "does not lie in the file, or lies on one of its tables")
+        return Window(bytes(states), kinds, offsets)
 
-    def _outside(self, first: int, places: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Which of the blocks from ``first``, at ``places``, do not lie where a block can lie."""
-        import numpy as np
+    def _all_inside(self, offsets: Words, here: bytes) -> bool:
+        """Whether blocks of full length at the ``offsets`` that are places lie where blocks can lie."""
+        size = self.geometry.block_size
+        places = offsets if is_sequence(offsets, size) else sorted(compress(offsets, here))
+        if not places:
+            return True
+        if places[-1] + size > min(self._file.size, MAX_FILE):
+            return False
+        return all(
+            bisect_left(places, start - size + 1) == bisect_left(places, end)
+            for start, end in self._taken
+            if end > places[0]
+        )
 
-        limit = min(self._file.size, MAX_FILE)
-        beyond = places > np.uint64(limit)
-        starts = np.where(beyond, 0, places).astype(np.int64)
-        lengths = np.full(len(starts), self.geometry.block_size, dtype=np.int64)
-        if first + len(starts) == self.geometry.blocks:
-            lengths[-1] = self.geometry.virtual_size - (self.geometry.blocks - 1) * self.geometry.block_size
-        taken = np.array(self._taken, dtype=np.int64)
+    def _is_outside(self, block: int, place: int) -> bool:
+        """Whether a block at ``place`` does not lie where it can lie."""
+        size = self.geometry.block_size
+        end = place + min(size, self.geometry.virtual_size - block * size)
         # What is taken does not overlap itself, so only the last of it that begins before a block's end can reach it.
-        nearest = taken[:, 0].searchsorted(starts + self.geometry.block_size) - 1
-        result: NDArray[np.bool_] = beyond | (starts + lengths > limit) | (taken[nearest, 1] > starts)
-        return result
+        nearest = bisect_left(self._taken, (place + size, 0)) - 1
+        return end > min(self._file.size, MAX_FILE) or self._taken[nearest][1] > place
 
-    def _refuse(self, wrong: NDArray[np.bool_], first: int, entries: NDArray[np.uint64], what: str) -> None:
-        import numpy as np
-
-        for at in np.flatnonzero(wrong)[:1].tolist():
+    def _refuse(self, at: int, first: int, entries: Words, what: str) -> None:
+        """CorruptImage for the block whose entry is number ``at``, unless that is -1."""
+        if at >= 0:
             index = self.geometry.payload_index(first + at)
             raise CorruptImage(
-                f"block {first + at} {what}: its BAT entry is {int(entries[at]):#x}",
+                f"block {first + at} {what}: its BAT entry is {entries[at]:#x}",
                 hint=_DAMAGED,
                 path=self._file.name,
                 offset=self.offset + index * ENTRY_SIZE,
@@ -232,56 +257,64 @@ class Bat:
             yield last
 
     def _runs(self, start: int, end: int) -> Iterator[Run]:
-        import numpy as np
-
         size = self.geometry.block_size
         while start < end:
-            number = start // size // WINDOW
-            window = self.window(number)
-            base = number * WINDOW
+            base = start // size // WINDOW * WINDOW
+            window = self.window(base // WINDOW)
             stop = min(end, (base + WINDOW) * size)
-            first, last = start // size - base, -(-stop // size) - base
-            kinds, offsets = window.kinds[first:last], window.offsets[first:last]
-            edges = [0, 1]
-            if len(kinds) > 1:  # most reads are of one block
-                cut = kinds[1:] != kinds[:-1]
-                cut |= (kinds[1:] == HERE) & (offsets[1:] != offsets[:-1] + size)
-                edges = [0, *(np.flatnonzero(cut) + 1).tolist(), len(kinds)]
-            for one, other in pairwise(edges):
-                until = min(stop, (base + first + other) * size)
-                if kinds[one] == PARTIAL:
-                    yield from self._partial_runs(offsets[one:other], base + first + one, start, until)
+            for alike in _ALIKE.finditer(window.kinds, start // size - base, -(-stop // size) - base):
+                one, other = alike.span()
+                kind = window.kinds[one]
+                if kind == HERE:
+                    for at, after in self._joined(window.offsets, one, other):
+                        until = min(stop, (base + after) * size)
+                        yield Run(start, until - start, HERE, window.offsets[at] + start - (base + at) * size)
+                        start = until
+                    continue
+                until = min(stop, (base + other) * size)
+                if kind == PARTIAL:
+                    yield from self._partial_runs(window.offsets[one:other], base + one, start, until)
                 else:
-                    inside = start - (base + first + one) * size
-                    yield Run(start, until - start, int(kinds[one]), int(offsets[one]) + inside)
+                    yield Run(start, until - start, kind)
                 start = until
 
-    def _partial_runs(self, offsets: NDArray[np.int64], block: int, start: int, end: int) -> Iterator[Run]:
-        """Runs of start..end, which lies in partially present blocks from ``block`` at ``offsets``."""
-        import numpy as np
+    def _joined(self, offsets: Words, one: int, other: int) -> Iterator[tuple[int, int]]:
+        """(first, end) of the parts of one..other that lie in one piece in the file."""
+        size, part = self.geometry.block_size, offsets[one:other]
+        if is_sequence(part, size):
+            return iter([(one, other)])
+        cuts = compress(range(one + 1, other), map(ne, part[1:], map(add, part, repeat(size))))
+        return pairwise(chain([one], cuts, [other]))
 
+    def _partial_runs(self, offsets: Words, block: int, start: int, end: int) -> Iterator[Run]:
+        """Runs of start..end, which lies in partially present blocks from ``block`` at ``offsets``."""
         size, sector = self.geometry.block_size, self.geometry.sector_size
         per_piece = BITMAP_PIECE * 8  # sectors; whole blocks, as both are powers of two
-        base = block * size // sector
         while start < end:
             first = start // sector
             stop = min(-(-end // sector), (first // per_piece + 1) * per_piece)
             chunk, number = divmod(first // per_piece, BITMAP_SIZE // BITMAP_PIECE)
             inside = first % per_piece
-            bits = np.unpackbits(
-                np.frombuffer(self._piece(chunk, number), np.uint8)[inside // 8 : -(-(inside + stop - first) // 8)],
-                bitorder="little",
-            )[inside % 8 :][: stop - first]
-            # Cut where a bit differs from the one before it, and between blocks.
-            between = np.arange(-first % (size // sector), stop - first, size // sector)
-            cuts = np.union1d(np.flatnonzero(bits[1:] != bits[:-1]) + 1, between)
-            edges = [0, *cuts[cuts > 0].tolist(), stop - first]
-            for one, other in pairwise(edges):
-                until = min(end, (first + other) * sector)
-                if bits[one]:
-                    index = (first + one - base) * sector // size
-                    offset = int(offsets[index]) + start - (block + index) * size
-                    yield Run(start, until - start, HERE, offset)
-                else:
+            piece = self._piece(chunk, number)[inside // 8 : -(-(inside + stop - first) // 8)]
+            bits = f"{int.from_bytes(piece, 'little'):0{len(piece) * 8}b}"[::-1]
+            skipped = inside % 8
+            for alike in _ALIKE_BITS.finditer(bits, skipped, skipped + stop - first):
+                one, other = alike.span()
+                until = min(end, (first + other - skipped) * sector)
+                if bits[one] == "0":
                     yield Run(start, until - start, ABSENT)
-                start = until
+                    start = until
+                while start < until:
+                    index, within = divmod(start - block * size, size)
+                    after = min(until, start - within + size)
+                    yield Run(start, after - start, HERE, offsets[index] + within)
+                    start = after
+
+
+def _has_reserved(entries: bytearray) -> bool:
+    """Whether any of the entries, used or not, has a reserved bit set."""
+    return bool(
+        entries[::ENTRY_SIZE].translate(None, _FIRST_BYTES)
+        or any(entries[1::ENTRY_SIZE])
+        or entries[2::ENTRY_SIZE].translate(None, _THIRD_BYTES)
+    )

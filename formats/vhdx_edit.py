@@ -36,11 +36,11 @@ from imagekit.formats.vhdx_header import (
 from imagekit.formats.vhdx_ids import uuid5
 from imagekit.formats.vhdx_image import VhdxImage
 from imagekit.formats.vhdx_metadata import ENTRY_SIZE, TABLE_SIZE
+from imagekit.formats.words import words64
 from imagekit.records import replace
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from imagekit.formats.words import Words
 
 PIECE = MiB
 """Bytes written by one step, at most; a block can have 256 MiB."""
@@ -97,7 +97,7 @@ class Edit:
     def _last_block_end(self) -> int:
         """The last block may be cut short by the file's end."""
         window = self.image.bat.window((self.geometry.blocks - 1) // WINDOW)
-        offset = int(window.offsets[-1])
+        offset = window.offsets[-1]
         return offset + self.geometry.block_size if offset else 0
 
     # --- what is there -----------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class Edit:
         if number < old.blocks:
             window = self.image.bat.window(number // WINDOW)
             at = number % WINDOW
-            return int(window.kinds[at]), int(window.offsets[at])
+            return window.kinds[at], window.offsets[at]
         if self.grown_at is not None:
             return HERE, self.grown_at + (number - old.blocks) * old.block_size
         return ZEROED if old.differencing else ABSENT, 0
@@ -135,16 +135,12 @@ class Edit:
             return bytearray(read_exactly(self.file, bitmap + at, count, "a sector bitmap"))
         return bytearray(self.bits[block])
 
-    def entries(self, start: int, stop: int) -> NDArray[np.uint64]:
+    def entries(self, start: int, stop: int) -> Words:
         """BAT entries as they were. Behind the BAT's end there are zeros."""
-        import numpy as np
-
         region = self.image.bat_region
-        out = np.zeros(stop - start, "<u8")
         inside = max(0, min(stop, region.length // ENTRY_SIZE) - start)
         raw = read_exactly(self.file, region.offset + start * ENTRY_SIZE, inside * ENTRY_SIZE, "the BAT")
-        out[:inside] = np.frombuffer(raw, "<u8")
-        return out
+        return words64(raw.ljust((stop - start) * ENTRY_SIZE, b"\0"), "little")
 
     # --- headers and log ---------------------------------------------------------------------------------------
 

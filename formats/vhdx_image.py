@@ -301,8 +301,7 @@ class VhdxImage(DiskImage):
         for region in self.regions:
             yield Range(region.offset, region.length, region.name)
         for number in range(-(-self.geometry.blocks // WINDOW)):
-            window = self.bat.window(number)
-            for offset in window.offsets[window.offsets > 0].tolist():
+            for offset in filter(None, self.bat.window(number).offsets):
                 yield Range(offset, min(self.geometry.block_size, self.file.size - offset), "block")
         for _, offset in self.bitmaps():
             yield Range(offset, BITMAP_SIZE, "sector bitmap")

@@ -358,3 +358,8 @@ class Geometry:
     def bitmap_index(self, chunk: int) -> int:
         """Which BAT entry is that of the chunk's sector bitmap."""
         return chunk * (self.chunk_ratio + 1) + self.chunk_ratio
+
+    def bitmap_slots(self, start: int, stop: int) -> slice:
+        """Which of the BAT entries from ``start`` up to ``stop`` are sector bitmaps', counted from ``start``."""
+        step = self.chunk_ratio + 1
+        return slice((self.chunk_ratio - start) % step, max(stop - start, 0), step)

@@ -13,6 +13,7 @@ Design notes
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -25,18 +26,17 @@ from imagekit.formats.vhdx_metadata import (
     BITMAP_PRESENT,
     BITMAP_SIZE,
     ENTRY_SIZE,
-    FULLY_PRESENT,
     OFFSET_BITS,
     PARTIALLY_PRESENT,
     VIRTUAL_DISK_SIZE,
     ZERO,
     Geometry,
 )
-from imagekit.formats.vhdx_writer import pages_in_use
+from imagekit.formats.vhdx_writer import pages_in_use, set_present
+from imagekit.formats.words import differing, packed
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from imagekit.formats.words import Words
 
 WINDOW = 1 << 16
 """BAT entries looked at by one step."""
@@ -106,9 +106,9 @@ def _move_bat(edit: Edit, length: int) -> Iterator[Change]:
     for start in range(0, geometry.entries, WINDOW):
         stop = min(start + WINDOW, geometry.entries)
         entries = edit.entries(start, start + WINDOW)
-        entries[stop - start :] = 0
+        _clear(entries, slice(stop - start, WINDOW))
         if not geometry.differencing:
-            entries[_bitmap_slots(geometry, start, start + WINDOW)] = 0
+            _clear(entries, geometry.bitmap_slots(start, start + WINDOW))
         for at, data in pages_in_use(entries, offset + start * ENTRY_SIZE):
             yield Write(at, data)
     yield Barrier()
@@ -116,12 +116,12 @@ def _move_bat(edit: Edit, length: int) -> Iterator[Change]:
     edit.bat_region = Region(region.guid, offset, length, region.required)
 
 
-def _bitmap_slots(geometry: Geometry, start: int, stop: int) -> NDArray[np.int64]:
-    """Which of the BAT entries from ``start`` up to ``stop`` are those of sector bitmaps, counted from ``start``."""
-    import numpy as np
+def _zeros(count: int) -> Words:
+    return array("Q", bytes(count * ENTRY_SIZE))
 
-    step = geometry.chunk_ratio + 1
-    return np.arange((geometry.chunk_ratio - start) % step, stop - start, step, dtype=np.int64)
+
+def _clear(entries: Words, where: slice) -> None:
+    entries[where] = _zeros(len(entries[where]))
 
 
 def _new_entries(edit: Edit, new: Geometry) -> Iterator[Change]:
@@ -132,36 +132,33 @@ def _new_entries(edit: Edit, new: Geometry) -> Iterator[Change]:
         stop = min(start + WINDOW, end)
         found = edit.entries(start, stop)
         if moved:
-            found[max(0, old.entries - start) :] = 0
+            _clear(found, slice(max(0, old.entries - start), len(found)))
         wanted = _wanted_entries(edit, new, start, found)
         yield from _differences(found, wanted, edit.bat_region.offset + start * ENTRY_SIZE)
 
 
-def _wanted_entries(edit: Edit, new: Geometry, start: int, found: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _wanted_entries(edit: Edit, new: Geometry, start: int, found: Words) -> Words:
     """What the entries from ``start``, which are not those of old blocks, should be in place of ``found``."""
-    import numpy as np
-
-    index = np.arange(start, start + len(found), dtype=np.int64)
-    block = index - index // (new.chunk_ratio + 1)
-    is_bitmap = index % (new.chunk_ratio + 1) == new.chunk_ratio
-    wanted: NDArray[np.uint64] = np.zeros(len(found), "<u8")
+    stop = start + len(found)
+    wanted = _zeros(len(found))
     if new.differencing:
-        wanted[(block < new.blocks) & ~is_bitmap] = ZERO
-        kept = is_bitmap & (index < edit.geometry.entries)
+        zeroed = max(0, min(new.payload_index(new.blocks - 1) + 1, stop) - start)
+        wanted[:zeroed] = array("Q", [ZERO]) * zeroed
+        _clear(wanted, new.bitmap_slots(start, stop))
+        kept = new.bitmap_slots(start, min(stop, edit.geometry.entries))
         wanted[kept] = found[kept]
     elif edit.grown_at is not None:
-        places = edit.grown_at + (block - edit.geometry.blocks) * new.block_size
-        wanted[~is_bitmap] = places[~is_bitmap] | FULLY_PRESENT
+        block, end = (index - index // (new.chunk_ratio + 1) for index in (start, stop))
+        offset = edit.grown_at + (block - edit.geometry.blocks) * new.block_size
+        set_present(wanted, start, new, block, end - block, offset)
     return wanted
 
 
-def _differences(found: NDArray[np.uint64], wanted: NDArray[np.uint64], offset: int) -> Iterator[Change]:
-    import numpy as np
-
-    at = np.flatnonzero(found != wanted)
-    if len(at):
-        first, stop = int(at[0]), int(at[-1]) + 1
-        yield Write(offset + first * ENTRY_SIZE, wanted[first:stop].tobytes())
+def _differences(found: Words, wanted: Words, offset: int) -> Iterator[Change]:
+    if found != wanted:
+        first = next(differing(found, wanted))
+        stop = len(found) - next(differing(found[::-1], wanted[::-1]))
+        yield Write(offset + first * ENTRY_SIZE, packed(wanted[first:stop], "little"))
 
 
 def _clear_end(edit: Edit) -> Iterator[Change]:
@@ -246,31 +243,27 @@ def _shrink(edit: Edit, size: int) -> Iterator[Change]:
 
 def _free_entries(edit: Edit, new: Geometry, end: int) -> Iterator[Change]:
     """Zeros over the BAT entries up to ``end`` that the smaller disk has no use for."""
-    import numpy as np
-
     for start in range(new.payload_index(new.blocks - 1) + 1, end, WINDOW):
         found = edit.entries(start, min(start + WINDOW, end))
-        wanted = np.zeros_like(found)
+        wanted = _zeros(len(found))
         if new.differencing:
-            slots = _bitmap_slots(new, start, start + len(found))
-            kept = slots[slots + start < new.entries]
+            kept = new.bitmap_slots(start, min(start + len(found), new.entries))
             wanted[kept] = found[kept]
         yield from _differences(found, wanted, edit.bat_region.offset + start * ENTRY_SIZE)
 
 
 def _used_end(edit: Edit, new: Geometry) -> int:
     """The end of the last thing in the file that a disk of that geometry has; places kept by trimmed blocks count."""
-    import numpy as np
-
     image = edit.image
     ends = [HEADER_AREA, image.header.log_offset + image.header.log_length, *(one.end for one in image.regions)]
     stop = new.entries if new.differencing else new.payload_index(new.blocks - 1) + 1
     for start in range(0, stop, WINDOW):
-        places = edit.entries(start, min(start + WINDOW, stop)) & np.uint64(OFFSET_BITS)
-        slots = _bitmap_slots(new, start, start + len(places))
-        if new.differencing and len(slots):
-            ends.append(int(places[slots].max()) + BITMAP_SIZE)
-        places[slots] = 0
-        if places.any():
-            ends.append(int(places.max()) + new.block_size)
+        entries = edit.entries(start, min(start + WINDOW, stop))
+        slots = new.bitmap_slots(start, start + len(entries))
+        if new.differencing:
+            ends.append((max(entries[slots], default=0) & OFFSET_BITS) + BITMAP_SIZE)
+        del entries[slots]
+        place = max(entries, default=0) & OFFSET_BITS
+        if place:
+            ends.append(place + new.block_size)
     return max(ends)

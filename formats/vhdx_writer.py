@@ -18,6 +18,7 @@ Not here: changing a VHDX that exists (vhdx_change.py).
 from __future__ import annotations
 
 import uuid
+from array import array
 from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
@@ -64,10 +65,10 @@ from imagekit.formats.vhdx_metadata import (
     MetadataTable,
     ParentLocator,
 )
+from imagekit.formats.words import is_zero, packed, sequence, stretches
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from imagekit.formats.words import Words
 
 SUBFORMATS = ("dynamic", "fixed", "differencing")
 CREATOR = "imagekit"
@@ -155,8 +156,8 @@ class VhdxLayout:
     def metadata(self) -> Iterator[tuple[int, bytes]]:
         yield 0, FileIdentifier(CREATOR).pack()
         file_guid, data_guid = (uuid5(self._identifier, name).bytes_le for name in ("FileWriteGuid", "DataWriteGuid"))
-        for sequence, offset in enumerate(HEADER_OFFSETS, 1):
-            yield offset, Header(sequence, file_guid, data_guid, log_offset=LOG_OFFSET).pack()
+        for number, offset in enumerate(HEADER_OFFSETS, 1):
+            yield offset, Header(number, file_guid, data_guid, log_offset=LOG_OFFSET).pack()
         table = RegionTable(
             (
                 Region(BAT_REGION, BAT_OFFSET, self._geometry.bat_length),
@@ -170,16 +171,12 @@ class VhdxLayout:
 
     def _bat(self) -> Iterator[tuple[int, bytes]]:
         """The pages of the BAT that hold an entry."""
-        import numpy as np
-
-        ratio, size = self._geometry.chunk_ratio, self._geometry.block_size
         for window, parts in groupby(self._window_parts(), key=itemgetter(0)):
             first_entry = window * WINDOW
-            entries: NDArray[np.uint64] = np.zeros(WINDOW, "<u8")
+            entries = array("Q", bytes(WINDOW * ENTRY_SIZE))
             for _, first, count, slot in parts:
-                blocks = np.arange(first, first + count, dtype=np.int64)
-                offsets = self._first_block + size * np.arange(slot, slot + count, dtype=np.int64)
-                entries[blocks + blocks // ratio - first_entry] = offsets | FULLY_PRESENT
+                offset = self._first_block + slot * self._geometry.block_size
+                set_present(entries, first_entry, self._geometry, first, count, offset)
             yield from pages_in_use(entries, BAT_OFFSET + first_entry * ENTRY_SIZE)
 
     def _window_parts(self) -> Iterator[tuple[int, int, int, int]]:
@@ -195,15 +192,24 @@ class VhdxLayout:
                 first = stop
 
 
-def pages_in_use(entries: NDArray[np.uint64], offset: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of the runs of 4 KiB pages that are not all zero; ``entries`` lie at ``offset`` of the file."""
-    import numpy as np
+def set_present(entries: Words, start: int, geometry: Geometry, block: int, count: int, offset: int) -> None:
+    """Say that blocks lie one after another from ``offset``; ``entries`` are those of the BAT from ``start``."""
+    ratio, end = geometry.chunk_ratio, block + count
+    present = sequence(offset | FULLY_PRESENT, count, geometry.block_size)
+    for first in range(block - block % ratio, end, ratio):  # a chunk
+        one, other = max(first, block), min(first + ratio, end)
+        at = one + first // ratio - start
+        entries[at : at + other - one] = present[one - block : other - block]
 
-    pages = entries.reshape(-1, PAGE_ENTRIES)
-    used = np.concatenate(([False], pages.any(axis=1), [False]))
-    edges = np.flatnonzero(used[1:] != used[:-1]).tolist()
-    for start, end in zip(edges[::2], edges[1::2], strict=True):
-        yield offset + start * PAGE_ENTRIES * ENTRY_SIZE, pages[start:end].tobytes()
+
+def pages_in_use(entries: Words, offset: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) of the runs of 4 KiB pages that are not all zero; ``entries`` lie at ``offset`` of the file."""
+    raw, page = packed(entries, "little"), PAGE_ENTRIES * ENTRY_SIZE
+    if is_zero(raw):
+        return
+    used = (at for at in range(len(raw) // page) if not is_zero(raw[at * page : (at + 1) * page]))
+    for first, count in stretches(used):
+        yield offset + first * page, raw[first * page : (first + count) * page]
 
 
 def metadata_region(metadata: Metadata) -> bytes:

@@ -7,6 +7,7 @@ it is zero. numpy would be faster, but for the time it takes to load: most image
 
 from __future__ import annotations
 
+import functools
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     Words: TypeAlias = array[int]
 
 Order: TypeAlias = Literal["big", "little"]
+
+_PIECE = 4096
+"""Words that are made by one calculation."""
 
 
 def words32(raw: Buffer, order: Order) -> Words:
@@ -47,6 +51,31 @@ def packed(words: Words, order: Order) -> bytes:
         words = words[:]
         words.byteswap()
     return words.tobytes()
+
+
+def sequence(first: int, count: int, step: int) -> Words:
+    """``count`` words of 64 bits from ``first`` on, each ``step`` more than the one before."""
+    words, whole = array("Q"), count - count % _PIECE
+    if whole:  # many at a time, as the digits of one large number
+        ones, numbers = _pieces()
+        for at in range(0, whole, _PIECE):
+            piece = numbers * step + ones * (first + at * step)
+            words.frombytes(piece.to_bytes(_PIECE * words.itemsize, sys.byteorder))
+    words.extend(range(first + whole * step, first + count * step, step))
+    return words
+
+
+@functools.cache
+def _pieces() -> tuple[int, int]:
+    """A piece of words that are all 1, and one of 0, 1, 2, 3 and so on."""
+    ones, numbers = array("Q", [1]) * _PIECE, array("Q", range(_PIECE))
+    return int.from_bytes(ones, sys.byteorder), int.from_bytes(numbers, sys.byteorder)
+
+
+def is_sequence(words: Words, step: int) -> bool:
+    """Whether each of the words of 64 bits, one at least, is ``step`` more than the one before."""
+    first, count = words[0], len(words)
+    return words[-1] == first + (count - 1) * step and words == sequence(first, count, step)
 
 
 def is_zero(raw: bytes) -> bool:

@@ -40,6 +40,24 @@ def test_used_entries_are_those_that_are_not_zero(numbers: list[int]) -> None:
     assert words.is_zero(found.tobytes()) == (not any(numbers))
 
 
+@given(st.integers(0, 1 << 60), st.integers(0, 9000), st.sampled_from([1, 3, 1 << 20, 1 << 45]))
+def test_a_sequence_goes_up_by_its_step_and_is_known_again(first: int, count: int, step: int) -> None:
+    found = words.sequence(first, count, step)
+    assert (found.typecode, found.tolist()) == ("Q", list(range(first, first + count * step, step)))
+    if count:
+        assert words.is_sequence(found, step)
+    if count > 2:
+        assert not words.is_sequence(found, step + 1)
+        found[count // 2] += 1
+        assert not words.is_sequence(found, step)
+
+
+def test_a_sequence_can_reach_the_largest_word() -> None:
+    top = (1 << 64) - 1
+    assert words.sequence(top - 8191, 8192, 1)[-1] == top
+    assert words.is_sequence(words.words64(b"\xff" * 8, "little"), 1 << 20)
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3))))
 def test_differing_entries_are_named(pairs: list[tuple[int, int]]) -> None:
     one, other = [a for a, _ in pairs], [b for _, b in pairs]
