@@ -22,10 +22,11 @@ Not here: writing (vhd_writer.py), changes in place (vhd_change.py), checks of a
 
 from __future__ import annotations
 
+import sys
 import uuid
+from array import array
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import (
@@ -66,15 +67,33 @@ from imagekit.formats.vhd_header import (
     check_version,
 )
 from imagekit.formats.vhd_locators import ParentNames, read_names
+from imagekit.formats.words import bits, words32
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from imagekit.formats.words import Words
+
+    Offsets: TypeAlias = array[int]
 
 WINDOW = 1 << 16
-"""Blocks looked at by one step of numpy."""
+"""Blocks whose entries are read together."""
+PAGE_ENTRIES = 1024
+"""Entries that cost next to nothing where they are all alike: 4 KiB, less than a file stores in one piece."""
 PART = 8 * MiB
 """Guest bytes whose sector bits are looked at together: every other sector may lie elsewhere."""
+
+
+_SIGN = 7 if sys.byteorder == "little" else 0
+"""Where in an offset its highest byte is: 0xFF in -1, zero in every other."""
+_CLEAR, _SET = b"01"
+
+
+def pages(bat: Offsets) -> Iterator[tuple[int, Offsets]]:
+    """(first block, offsets) of the parts of a table that have any block at all."""
+    nothing = array("q", [-1]) * PAGE_ENTRIES
+    for first in range(0, len(bat), PAGE_ENTRIES):
+        page = bat[first : first + PAGE_ENTRIES]
+        if page != nothing[: len(page)]:
+            yield first, page
 
 
 class Footers:
@@ -167,7 +186,7 @@ class VhdImage(DiskImage):
         footer = self.footer = self.footers.footer
         self.identity: bytes = footer.unique_id
         self.dynamic: DynamicHeader | None = None
-        self._bat: NDArray[np.int64] | None = None
+        self._bat: Offsets | None = None
         if footer.disk_type not in SUBFORMATS:
             raise UnsupportedFeature(
                 f"VHD disk type {footer.disk_type}; 2 (fixed), 3 (dynamic) and 4 (differencing) exist",
@@ -246,7 +265,7 @@ class VhdImage(DiskImage):
             features=features,
             references=() if reference is None else (reference,),
             facts=(*self.footers.facts, *(self.parent.facts if self.parent else ())),
-            # The BAT as read, decoded, and its ends while they are checked.
+            # The BAT, decoded, and what is made of it while it is searched.
             table_memory=0 if header is None else -(-self.virtual_size // header.block_size) * 28,
         )
 
@@ -264,49 +283,45 @@ class VhdImage(DiskImage):
 
     # --- the guest's view ------------------------------------------------------------------------------------
 
-    def bat(self) -> NDArray[np.int64]:
+    def bat(self) -> Offsets:
         """File offset of each block's bitmap, -1 where none is allocated; checked against the file."""
         if self._bat is not None:
             return self._bat
-        import numpy as np
-
         header = self.dynamic
         assert header is not None
         count = -(-self.virtual_size // header.block_size)
-        windows = []
-        for first in range(0, count, WINDOW):  # what is wrong is found before the whole table is in memory
-            part = min(WINDOW, count - first) * 4
-            raw = np.frombuffer(read_exactly(self.file, header.bat_offset + first * 4, part, "the BAT"), ">u4")
-            self._check_bat(first, np.where(raw == NOT_ALLOCATED, -1, raw.astype(np.int64) * SECTOR))
-            windows.append(raw)
-        sectors = np.concatenate(windows) if windows else np.empty(0, ">u4")
-        del windows
-        bat = sectors.astype(np.int64)
-        bat *= SECTOR
-        bat[sectors == NOT_ALLOCATED] = -1
+        bat = array("q")
+        for first in range(0, count, WINDOW):
+            length = min(WINDOW, count - first) * 4
+            raw = read_exactly(self.file, header.bat_offset + first * 4, length, "the BAT")
+            for at in range(0, length, PAGE_ENTRIES * 4):
+                page = raw[at : at + PAGE_ENTRIES * 4]
+                if page == b"\xff" * len(page):
+                    bat.frombytes(page + page)
+                else:
+                    bat.extend(self._offsets(first + at // 4, words32(page, "big")))
         self._bat = bat
         return bat
 
-    def _check_bat(self, number: int, bat: NDArray[np.int64]) -> None:
-        """Each of the blocks from ``number`` lies behind the BAT and, as far as the guest sees it, in the file."""
-        import numpy as np
-
+    def _offsets(self, number: int, sectors: Words) -> Offsets:
+        """Where the blocks from ``number`` lie: behind the BAT and, as far as the guest sees them, in the file."""
         header = self.dynamic
         assert header is not None
-        left = self.virtual_size - number * header.block_size
-        ends = bat + header.bitmap_size + header.block_size
-        ends[-1] -= max(0, len(bat) * header.block_size - left)
+        size, limit = header.bitmap_size + header.block_size, self.footers.data_end
         first = header.bat_offset + header.max_entries * 4
-        wrong = np.flatnonzero((bat >= 0) & ((ends > self.footers.data_end) | (bat < first)))
-        if len(wrong):
-            at = int(wrong[0])
-            raise CorruptImage(
-                f"block {number + at} lies at {int(bat[at]):#x}..{int(ends[at]):#x}, outside "
-                f"{first:#x}..{self.footers.data_end:#x}",
-                hint="the file looks damaged or truncated; fetch it again and compare its checksum",
-                path=self.file.name,
-                offset=header.bat_offset + (number + at) * 4,
-            )
+        offsets = array("q", [sector * SECTOR if sector != NOT_ALLOCATED else -1 for sector in sectors])
+        if min(sectors) * SECTOR >= first and max(offsets) + size <= limit:
+            return offsets
+        for block, start in enumerate(offsets, number):
+            end = start + size - max(0, (block + 1) * header.block_size - self.virtual_size)
+            if start >= 0 and (end > limit or start < first):
+                raise CorruptImage(
+                    f"block {block} lies at {start:#x}..{end:#x}, outside {first:#x}..{limit:#x}",
+                    hint="the file looks damaged or truncated; fetch it again and compare its checksum",
+                    path=self.file.name,
+                    offset=header.bat_offset + block * 4,
+                )
+        return offsets
 
     def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extent]:
         start, end = clip(start, length, self.virtual_size)
@@ -345,46 +360,46 @@ class VhdImage(DiskImage):
 
     def _runs(self, start: int, end: int) -> Iterator[list[_Run]]:
         """Runs that cover start..end: a list for each block or part of one, and for blocks not allocated in a row."""
-        import numpy as np
-
         header = self.dynamic
         assert header is not None
         bat, size = self.bat(), header.block_size
         while start < end:
             first = start // size
             part = bat[first : min(first + WINDOW, -(-end // size))]
-            absent = part < 0
-            edges = [0, 1]
-            if len(part) > 1:
-                edges = np.concatenate(([0], np.flatnonzero(~(absent[1:] & absent[:-1])) + 1, [len(part)])).tolist()
-            for one, other in pairwise(edges):
+            absent = part.tobytes()[_SIGN::8]
+            at = 0
+            while at < len(part):
+                other = at + 1
+                if absent[at]:
+                    other = absent.find(0, at)
+                    other = other if other > 0 else len(part)
                 stop = min(end, (first + other) * size)
-                inside = start - (first + one) * size
-                if absent[one]:
+                inside = start - (first + at) * size
+                if absent[at]:
                     yield [_Run(start, stop, None)]
                 elif self.parent is not None:
-                    for at in range(start, stop, PART):
-                        yield self._sectors(int(part[one]), at, min(at + PART, stop), inside + at - start)
+                    for piece in range(start, stop, PART):
+                        yield self._sectors(part[at], piece, min(piece + PART, stop), inside + piece - start)
                 else:
-                    yield [_Run(start, stop, int(part[one]) + header.bitmap_size + inside)]
-                start = stop
+                    yield [_Run(start, stop, part[at] + header.bitmap_size + inside)]
+                start, at = stop, other
 
     def _sectors(self, block: int, start: int, end: int, inside: int) -> list[_Run]:
         """Runs of a part of the block that begins at ``block`` in the file, ``inside`` bytes into its data."""
-        import numpy as np
-
         assert self.dynamic is not None
         first, last = inside // SECTOR, -(-(inside + end - start) // SECTOR)
         low = first // 8
         raw = read_exactly(self.file, block + low, -(-last // 8) - low, "a sector bitmap")
-        bits = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder=self.footer.bit_order)
-        bits = bits[first - low * 8 : last - low * 8]
-        edges = np.concatenate(([0], np.flatnonzero(bits[1:] != bits[:-1]) + 1, [len(bits)])).tolist()
+        digits = bits(raw, self.footer.bit_order)[first - low * 8 : last - low * 8]
         base, data = start - inside, block + self.dynamic.bitmap_size
-        runs = []
-        for one, other in pairwise(edges):
-            low, high = max(start, base + (first + one) * SECTOR), min(end, base + (first + other) * SECTOR)
-            runs.append(_Run(low, high, data + low - base if bits[one] else None))
+        runs, at = [], 0
+        while at < len(digits):
+            here = digits[at] == _SET
+            other = digits.find(_CLEAR if here else _SET, at)
+            other = other if other > 0 else len(digits)
+            low, high = max(start, base + (first + at) * SECTOR), min(end, base + (first + other) * SECTOR)
+            runs.append(_Run(low, high, data + low - base if here else None))
+            at = other
         return runs
 
     def pread_into(self, offset: int, buffer: memoryview) -> None:
@@ -421,7 +436,7 @@ class VhdImage(DiskImage):
         if header is None:
             yield Range(0, self.virtual_size, "data")
             return
-        for offset in self.bat().tolist():
+        for offset in self.bat():
             if offset >= 0:
                 yield Range(offset, header.bitmap_size + header.block_size, "block")
 

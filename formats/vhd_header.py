@@ -12,6 +12,7 @@ from typing import Literal
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
 from imagekit.formats.base import SECTOR, GiB, KiB, MiB, round_up
+from imagekit.formats.words import packed_bits
 from imagekit.records import dataclass
 
 FOOTER_COOKIE = b"conectix"
@@ -299,19 +300,23 @@ def bitmap_size(block_size: int) -> int:
     return round_up(max(1, block_size // SECTOR // 8), SECTOR)
 
 
+def batmap_size(entries: int) -> int:
+    """Bytes of XenServer's map of full blocks, with its header."""
+    return SECTOR + round_up(max(1, -(-entries // 8)), SECTOR)
+
+
 def batmap(offset: int, entries: int, runs: Iterable[tuple[int, int]] = ()) -> bytes:
     """XenServer's map of full blocks, header first, for a file where it lies at ``offset``.
 
     ``runs`` are (first block, count). A bit that is clear says nothing, so none is set where XenServer does not look:
     it takes the map's length from the number of whole bytes.
     """
-    import numpy as np
-
-    length = round_up(max(1, -(-entries // 8)), SECTOR)
-    bits = np.zeros(length * 8, np.uint8)
+    length = batmap_size(entries) - SECTOR
+    most, digits = round_up(max(1, entries // 8), SECTOR) * 8, bytearray()
     for first, count in runs:
-        bits[first : first + count] = 1
-    bits[round_up(max(1, entries // 8), SECTOR) * 8 :] = 0
-    data = np.packbits(bits).tobytes()
+        end = min(first + count, most)
+        digits += b"0" * (end - len(digits))
+        digits[first:end] = b"1" * (end - first)
+    data = packed_bits(digits, "big").ljust(length, b"\0")
     fields = BATMAP_COOKIE, offset + SECTOR, length // SECTOR, BATMAP_VERSION, checksum(data), 0
     return _BATMAP.pack(*fields).ljust(SECTOR, b"\0") + data

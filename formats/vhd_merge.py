@@ -17,8 +17,10 @@ Design notes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress
+from typing import NamedTuple
 
 from imagekit.errors import UnsupportedFeature
 from imagekit.formats.base import SECTOR, Barrier, Change, Copy, DiskImage, File, Write, round_up
@@ -26,10 +28,6 @@ from imagekit.formats.vhd import VhdImage
 from imagekit.formats.vhd_change import check_size, grow_steps, open_sound, resize_fixed
 from imagekit.formats.vhd_space import zeros
 from imagekit.formats.vhd_workspace import Workspace
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 
 class _Span(NamedTuple):
@@ -92,26 +90,24 @@ def _into_fixed(image: VhdImage, child: DiskImage) -> Iterator[Change]:
 
 
 def _into_blocks(image: VhdImage, child: DiskImage) -> Iterator[Change]:
-    import numpy as np
-
     work, old_size, size = Workspace(image), image.virtual_size, child.virtual_size
     if size > old_size:
         work.grow(size)
-    touched = np.zeros(len(work.bat), np.bool_)
+    touched = bytearray(len(work.bat))
     block = work.header.block_size
     for span in _held(child, old_size):
         if span.data or image.parent is not None:
-            touched[span.start // block : -(-span.end // block)] = True
-    new = np.flatnonzero(touched & (work.bat < 0))
+            first, end = span.start // block, -(-span.end // block)
+            touched[first:end] = b"\1" * (end - first)
+    new = array("I", (number for number in compress(range(len(touched)), touched) if work.bat[number] < 0))
     work.place_blocks(new)
     return _merged(work, child, new, old_size)
 
 
-def _merged(work: Workspace, child: DiskImage, new: NDArray[np.intp], old_size: int) -> Iterator[Change]:
-    import numpy as np
-
-    is_new = np.zeros(len(work.bat), np.bool_)
-    is_new[new] = True
+def _merged(work: Workspace, child: DiskImage, new: Sequence[int], old_size: int) -> Iterator[Change]:
+    is_new = bytearray(len(work.bat))
+    for block in new:
+        is_new[block] = 1
     yield from work.begin()
     if child.virtual_size > old_size:
         yield from grow_steps(work, child.virtual_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from imagekit.formats.base import SECTOR, File, MiB, Write, round_up
-from imagekit.formats.vhd import VhdImage
+from imagekit.formats.vhd import VhdImage, pages
 from imagekit.formats.vhd_header import PAGE
 
 PIECE = MiB
@@ -20,7 +20,7 @@ def end_of_claims(image: VhdImage) -> int:
     """Where the last table or block ends: blocks with all their data, also what a short file lacks of it."""
     assert image.dynamic is not None
     end = max(one.offset + one.length for one in image.metadata() if one.kind != "footer")
-    last = int(image.bat().max(initial=-1))
+    last = max(image.bat(), default=-1)
     if last >= 0:
         end = max(end, last + image.dynamic.bitmap_size + image.dynamic.block_size)
     return round_up(end, SECTOR)
@@ -31,9 +31,12 @@ def is_aligned(image: VhdImage) -> bool:
     assert image.dynamic is not None
     if image.dynamic.block_size < PAGE:
         return False
-    bat = image.bat()
-    data = bat[bat >= 0] + image.dynamic.bitmap_size
-    return not (data % PAGE).any() if len(data) else image.file.size % PAGE == 0
+    taken, wanted = False, -image.dynamic.bitmap_size % PAGE
+    for _, page in pages(image.bat()):
+        taken = True
+        if any(start % PAGE != wanted for start in page if start >= 0):
+            return False
+    return taken or image.file.size % PAGE == 0
 
 
 def footer_place(end: int, *, aligned: bool) -> int:

@@ -22,12 +22,14 @@ Not here: which changes are right for a disk (vhd_change.py, vhd_merge.py), usin
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 from imagekit.errors import UnsupportedFeature
 from imagekit.formats.base import SECTOR, Barrier, Change, ParentLink, Truncate, Write, read_exactly, round_up
-from imagekit.formats.vhd import VhdImage
+from imagekit.formats.vhd import VhdImage, pages
 from imagekit.formats.vhd_header import (
     BATMAP_COOKIE,
     NO_LOCATOR,
@@ -37,14 +39,15 @@ from imagekit.formats.vhd_header import (
     Footer,
     Locator,
     batmap,
+    batmap_size,
 )
 from imagekit.formats.vhd_locators import MAX_LENGTH, Name, encode_field
 from imagekit.formats.vhd_space import PIECE, end_of_claims, footer_place, is_aligned, is_zero, zeros
+from imagekit.formats.words import bits, packed, packed_bits, stretches
 from imagekit.records import replace
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from imagekit.formats.vhd import Offsets
 
 HEADER_SIZE = 1024
 
@@ -70,7 +73,7 @@ class Workspace:
         self.file = image.file
         self.footer: Footer = image.footer
         self.header: DynamicHeader = image.dynamic
-        self.bat: NDArray[np.int64] = image.bat().copy()
+        self.bat: Offsets = image.bat()[:]
         self.bitmaps: dict[int, bytes] = {}
         """Bitmaps that are not, or not where, they are in the file as it is."""
         self.aligned = is_aligned(image)
@@ -80,7 +83,7 @@ class Workspace:
         self.end = max(end_of_claims(image), round_up(self._held, SECTOR))
         self._old_count = len(self.bat)
         self._moves: list[_Move] = []
-        self._fresh: NDArray[np.intp] | None = None  # blocks of a differencing disk that grows
+        self._fresh: Sequence[int] | None = None  # blocks of a differencing disk that grows
         self._dirty_rest = False
         self._batmap_at = self._find_batmap()
         self._names: list[tuple[int, bytes]] = []  # (number of a locator, its data)
@@ -104,12 +107,10 @@ class Workspace:
             )
         return first, step
 
-    def place_blocks(self, blocks: NDArray[np.intp]) -> None:
+    def place_blocks(self, blocks: Sequence[int]) -> None:
         """Give each of the blocks, which have none, a place."""
-        import numpy as np
-
-        first, step = self.place(len(blocks))
-        self.bat[blocks] = first + step * np.arange(len(blocks), dtype=np.int64)
+        for block, offset in zip(blocks, count(*self.place(len(blocks))), strict=False):
+            self.bat[block] = offset
 
     def claim(self, length: int) -> int:
         """Room for something else, behind everything."""
@@ -124,32 +125,29 @@ class Workspace:
             return self.bitmaps[block]
         if block >= self._old_count:
             return b"\xff" * self.header.bitmap_size
-        return read_exactly(self.file, int(self.bat[block]), self.header.bitmap_size, "a sector bitmap")
+        return read_exactly(self.file, self.bat[block], self.header.bitmap_size, "a sector bitmap")
 
     def grow(self, size: int) -> None:
         """Find places for all that a disk of ``size`` bytes needs."""
-        import numpy as np
-
         block = self.header.block_size
         needed = -(-size // block)
         first, inside = divmod(self.image.virtual_size, block)
         if inside and self.bat[first] >= 0:
-            data = int(self.bat[first]) + self.header.bitmap_size
+            data = self.bat[first] + self.header.bitmap_size
             self._dirty_rest = not is_zero(self.file, data + inside, min(data + block, self._held))
-        self.bat = np.concatenate((self.bat, np.full(needed - len(self.bat), -1, np.int64)))
+        self.bat.extend(array("q", [-1]) * (needed - len(self.bat)))
         if needed > self.header.max_entries:
             self._make_room(needed)
         if self.image.parent is not None:
-            self._fresh = np.flatnonzero(self.bat[first:] < 0) + first
+            # An array: a list of the numbers would take ten times as much.
+            self._fresh = array("I", (block for block in range(first, needed) if self.bat[block] < 0))
             self.place_blocks(self._fresh)
 
     def _make_room(self, entries: int) -> None:
         """Move what lies where a table of so many entries needs to be."""
-        import numpy as np
-
         start, end = self.header.bat_offset, round_up(self.header.bat_offset + entries * 4, SECTOR)
         if self._batmap_at is not None:
-            self._batmap_at, end = end, end + len(batmap(end, entries))
+            self._batmap_at, end = end, end + batmap_size(entries)
         self.end = max(self.end, end)
         for one in self.image.metadata():
             if one.kind in ("footer copy", "dynamic header") and start < one.offset < end:
@@ -158,11 +156,11 @@ class Workspace:
                     hint="convert it to a new file with --size",
                     path=self.file.name,
                 )
-        blocks = np.flatnonzero((self.bat >= 0) & (self.bat < end))
+        blocks = [block for first, page in pages(self.bat) for block, at in enumerate(page, first) if 0 <= at < end]
         first, step = self.place(len(blocks))
-        for number, block in enumerate(blocks.tolist()):
+        for number, block in enumerate(blocks):
             self.bitmaps[block] = self.bitmap(block)
-            self._moves.append(_Move(block, int(self.bat[block]), first + number * step))
+            self._moves.append(_Move(block, self.bat[block], first + number * step))
             self.bat[block] = first + number * step
         locators = list(self.header.locators)
         for number, old in enumerate(locators):
@@ -181,10 +179,9 @@ class Workspace:
         at = round_up(self.header.bat_offset + self.header.max_entries * 4, SECTOR)
         if not self.footer.is_xen or self.file.pread(at, len(BATMAP_COOKIE)) != BATMAP_COOKIE:
             return None
-        end = at + len(batmap(at, self.header.max_entries))
-        size = self.header.bitmap_size + self.header.block_size
-        blocks = self.bat[self.bat >= 0]
-        taken = bool(((blocks < end) & (blocks + size > at)).any())
+        end = at + batmap_size(self.header.max_entries)
+        lowest = max(0, at - self.header.bitmap_size - self.header.block_size + 1)
+        taken = any(lowest <= start < end for start in self.bat)
         others = (one for one in self.image.metadata() if one.offset < end and one.offset + one.length > at)
         return None if taken or any(others) else at
 
@@ -216,12 +213,11 @@ class Workspace:
     def _rooms(self) -> list[tuple[Locator, int]]:
         """Locators with the room that each has, in bytes, whole sectors: its own, up to whatever comes next."""
         starts = [one.offset for one in self.image.metadata()]
-        blocks = self.bat[self.bat >= 0]
         rooms = []
         for one in self.header.locators:
             if self._is_sound(one) and one.offset % SECTOR == 0:
                 after = [start for start in starts if start > one.offset]
-                after += [int(blocks[blocks > one.offset].min(initial=self._held)), self._held]
+                after += [self._held, min((at for at in self.bat if at > one.offset), default=self._held)]
                 rooms.append((one, min(one.room, min(after) - one.offset) // SECTOR * SECTOR))
         return [one for one in rooms if one[1]]
 
@@ -266,18 +262,15 @@ class Workspace:
     def _entry(self, first: int, count: int = 1) -> Write:
         """Entries of the BAT as they are to be."""
         entries = self.bat[first : first + count]
-        sectors = entries // SECTOR
-        sectors[entries < 0] = NOT_ALLOCATED
-        return Write(self.header.bat_offset + 4 * first, sectors.astype(">u4").tobytes())
+        sectors = array("I", [at // SECTOR if at >= 0 else NOT_ALLOCATED for at in entries])
+        return Write(self.header.bat_offset + 4 * first, packed(sectors, "big"))
 
-    def write_entries(self, blocks: NDArray[np.intp]) -> Iterator[Change]:
+    def write_entries(self, blocks: Iterable[int]) -> Iterator[Change]:
         """The entries of the blocks, sorted, neighbours in one step."""
-        import numpy as np
-
         most = PIECE // 4
-        for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1):
-            for at in range(0, len(run), most):
-                yield self._entry(int(run[at]), len(run[at : at + most]))
+        for first, length in stretches(blocks):
+            for at in range(0, length, most):
+                yield self._entry(first + at, min(most, length - at))
 
     def extend_table(self) -> Iterator[Change]:
         """Empty entries for the blocks that the disk did not have, then the header that counts them."""
@@ -341,31 +334,29 @@ class Workspace:
         first, inside = divmod(self.image.virtual_size, self.header.block_size)
         sectors = self.header.block_size // SECTOR
         if inside and first < self._old_count and self.image.bat()[first] >= 0:
-            data = int(self.bat[first]) + self.header.bitmap_size
+            data = self.bat[first] + self.header.bitmap_size
             if self._dirty_rest:
                 yield from zeros(data + inside, data + self.header.block_size)
             if self._fresh is not None:
                 self.bitmaps[first] = self.marked(self.bitmap(first), [(inside // SECTOR, sectors)])
-                yield Write(int(self.bat[first]), self.bitmaps[first])
+                yield Write(self.bat[first], self.bitmaps[first])
             yield Barrier()
         if self._fresh is None:
             return
-        for block in self._fresh.tolist():
+        for block in self._fresh:
             if block < self._old_count:  # the parent shows through where the disk ended so far
                 self.bitmaps[block] = self.marked(bytes(self.header.bitmap_size), [(inside // SECTOR, sectors)])
-            yield Write(int(self.bat[block]), self.bitmap(block))
+            yield Write(self.bat[block], self.bitmap(block))
         yield Barrier()
         yield from self.write_entries(self._fresh)
         yield Barrier()
 
     def marked(self, bitmap: bytes, sectors: Iterable[tuple[int, int]]) -> bytes:
         """The bitmap with the bits of these sectors, (first, end), set."""
-        import numpy as np
-
-        bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder=self.footer.bit_order)
+        digits = bits(bitmap, self.footer.bit_order)
         for first, end in sectors:
-            bits[first:end] = 1
-        return np.packbits(bits, bitorder=self.footer.bit_order).tobytes()
+            digits[first:end] = b"1" * (end - first)
+        return packed_bits(digits, self.footer.bit_order)
 
     def switch_footer(self, footer: Footer) -> Iterator[Change]:
         """Make another footer the one that counts."""

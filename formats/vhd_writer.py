@@ -20,8 +20,8 @@ Design notes
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 from imagekit.errors import UnsupportedFeature
 from imagekit.formats.base import SECTOR, BlockRuns, ImageWriter, KiB, ParentLink, SlotMap, WriterOptions, round_up
@@ -49,14 +49,13 @@ from imagekit.formats.vhd_header import (
     Footer,
     Locator,
     batmap,
+    batmap_size,
     bitmap_size,
     geometry,
 )
 from imagekit.formats.vhd_locators import Name, encode_field, encode_names
+from imagekit.formats.words import packed
 from imagekit.records import dataclass, replace
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 SUBFORMATS = {"dynamic": DYNAMIC, "fixed": FIXED, "differencing": DIFFERENCING}
 ABSOLUTE_AT = 0x1000
@@ -158,7 +157,7 @@ def _windows_front(header: DynamicHeader, names: tuple[Name, ...]) -> Front:
 
 def _xen_front(header: DynamicHeader, names: tuple[Name, ...]) -> Front:
     table_end = round_up(header.bat_offset + header.max_entries * 4, SECTOR)
-    end = table_end + len(batmap(table_end, header.max_entries))
+    end = table_end + batmap_size(header.max_entries)
     places = []
     for name in names:
         room = round_up(len(name.data), SECTOR)
@@ -197,6 +196,15 @@ class DynamicLayout:
         else:
             self._first_data = round_up(front.end + len(self.prefix), PAGE)
         self._stride = pad + block
+        self._check_end()
+
+    def _check_end(self) -> None:
+        """The last bitmap has a place that the BAT can name."""
+        if self._first_data + self._slots.count * self._stride > NOT_ALLOCATED * SECTOR:
+            raise UnsupportedFeature(
+                f"the file would have {self.file_size} bytes; a VHD's blocks lie in the first 2 TiB",
+                hint="use VHDX, which holds 64 TiB",
+            )
 
     @property
     def file_size(self) -> int:
@@ -209,23 +217,22 @@ class DynamicLayout:
         slot = self._slots.get(block)
         if slot is None:
             slot = self._slots.add(block)
+            self._check_end()
         return self._first_data + slot * self._stride
 
     def metadata(self) -> Iterator[tuple[int, bytes]]:
-        import numpy as np
-
         footer, header = self._footer.pack(), self._front.header
         yield 0, footer
         yield HEADER_OFFSET, header.pack()
         runs = list(self._slots.runs())
-        bat: NDArray[Any] = np.full((self._front.table_end - header.bat_offset) // 4, NOT_ALLOCATED, ">u4")
+        bat = array("I", [NOT_ALLOCATED]) * ((self._front.table_end - header.bat_offset) // 4)
         step = self._stride // SECTOR
         for first, count, slot in runs:
             start = (self._first_data + slot * self._stride) // SECTOR - len(self.prefix) // SECTOR
-            bat[first : first + count] = start + step * np.arange(count, dtype=np.int64)
+            bat[first : first + count] = array("I", range(start, start + step * count, step))
         if self._front.batmap_at is not None:
-            bat[header.max_entries :] = 0
-        yield header.bat_offset, bat.tobytes()
+            bat[header.max_entries :] = array("I", bytes(bat.itemsize * (len(bat) - header.max_entries)))
+        yield header.bat_offset, packed(bat, "big")
         if self._front.batmap_at is not None:
             full = ((first, count) for first, count, _ in runs)
             yield self._front.batmap_at, batmap(self._front.batmap_at, header.max_entries, full)

@@ -11,6 +11,7 @@ import functools
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import compress, groupby
 from operator import ne, sub
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -91,6 +92,25 @@ def used(words: Sequence[int]) -> Iterator[int]:
 def differing(one: Sequence[int], other: Sequence[int]) -> Iterator[int]:
     """Indexes of the entries that are not the same in both, which are equally long."""
     return compress(range(len(one)), map(ne, one, other))
+
+
+def bits(raw: bytes, order: Order) -> bytearray:
+    """The bits as digits, ``0`` and ``1``: those of a byte from the highest on (big) or from the lowest on."""
+    ordered = raw if order == "big" else raw.translate(_reversed())
+    return bytearray(f"{int.from_bytes(ordered, 'big'):0{len(raw) * 8}b}" if raw else "", "ascii")
+
+
+def packed_bits(digits: bytearray, order: Order) -> bytes:
+    """Such digits as whole bytes, the last one filled up with zeros."""
+    length = -(-len(digits) // 8)
+    raw = int(digits.ljust(length * 8, b"0") or b"0", 2).to_bytes(length, "big")
+    return raw if order == "big" else raw.translate(_reversed())
+
+
+@cache
+def _reversed() -> bytes:
+    """Each byte with its bits the other way round."""
+    return bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def stretches(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:

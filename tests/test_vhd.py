@@ -576,6 +576,17 @@ def test_the_largest_disk_that_is_full_still_has_addresses_for_its_blocks() -> N
     assert layout.place(MAX_SIZE // (2 * MiB) - 1) // 512 < 2**32 - 1
 
 
+def test_smaller_blocks_may_leave_no_address_for_the_last_ones_of_a_full_disk() -> None:
+    blocks = MAX_SIZE // (512 * KiB)
+    writer = FORMAT.writer(MAX_SIZE, dataclasses.replace(OPTIONS, block_size=512 * KiB))
+    with pytest.raises(UnsupportedFeature, match="a VHD's blocks lie in the first 2 TiB"):
+        writer.layout(((0, blocks),))
+    layout = writer.layout(((0, blocks * 99 // 100),))
+    with pytest.raises(UnsupportedFeature, match="a VHD's blocks lie in the first 2 TiB"):
+        for block in range(blocks * 99 // 100, blocks):
+            layout.place(block)
+
+
 @pytest.mark.parametrize("block", [0, 512, 2048, 3 * MiB, 512 * MiB, -4096])
 def test_a_block_size_that_no_reader_takes_is_refused(block: int) -> None:
     if block == 0:

@@ -64,6 +64,21 @@ def test_differing_entries_are_named(pairs: list[tuple[int, int]]) -> None:
     assert list(words.differing(one, other)) == [at for at, (a, b) in enumerate(pairs) if a != b]
 
 
+@given(st.binary(max_size=40))
+def test_bits_of_a_byte_are_counted_from_either_end(raw: bytes) -> None:
+    numbers = range(len(raw) * 8)
+    assert words.bits(raw, "big") == bytes(ord("0") + (raw[at // 8] >> (7 - at % 8) & 1) for at in numbers)
+    assert words.bits(raw, "little") == bytes(ord("0") + (raw[at // 8] >> at % 8 & 1) for at in numbers)
+    for order in ("big", "little"):
+        assert words.packed_bits(words.bits(raw, order), order) == raw
+
+
+def test_bits_that_fill_no_byte_are_followed_by_zeros() -> None:
+    assert words.packed_bits(bytearray(b"101"), "big") == b"\xa0"
+    assert words.packed_bits(bytearray(b"101"), "little") == b"\x05"
+    assert words.packed_bits(bytearray(b"0" * 8 + b"1"), "big") == b"\0\x80"
+
+
 @given(st.sets(st.integers(0, 60)))
 def test_stretches_cover_the_numbers_and_never_touch(numbers: set[int]) -> None:
     found = list(words.stretches(sorted(numbers)))
