@@ -140,7 +140,7 @@ class SparseImage(DiskImage):
         for group, blob in self._grouped(run.sectors):
             for offset in group:
                 try:
-                    out = self._inflate(blob[offset - group[0] :], index)
+                    out = self._inflate(blob[offset - group[0] :], index, offset)
                 except CorruptImage as error:
                     raise CorruptImage(
                         f"grain {index}: {error.message}", hint=error.hint, path=self.file.name, offset=offset
@@ -150,29 +150,35 @@ class SparseImage(DiskImage):
                 yield piece
 
     def _grouped(self, sectors: Sequence[int]) -> Iterator[tuple[list[int], memoryview]]:
-        """Neighbours in the file, each group with its bytes, read at once."""
-        reach = 2 * self.layout.grain + SECTOR
+        """Neighbours in the file, each group with its bytes, read at once: up to the next grain if that is near."""
+        grain = self.layout.grain
         group: list[int] = []
         for offset in [sector * SECTOR for sector in sectors]:
-            if group and not (group[-1] <= offset <= group[-1] + reach and offset - group[0] < SPAN_BYTES):
-                yield group, self._blob(group, reach)
-                group = []
+            if group:
+                near = group[-1] < offset <= group[-1] + 2 * grain + SECTOR
+                if not near or offset - group[0] >= SPAN_BYTES:
+                    yield group, self._blob(group, offset if near else group[-1] + grain)
+                    group = []
             group.append(offset)
         if group:
-            yield group, self._blob(group, reach)
+            yield group, self._blob(group, group[-1] + grain)
 
-    def _blob(self, group: list[int], reach: int) -> memoryview:
-        length = min(group[-1] + reach, self.file.size) - group[0]
-        return memoryview(self.file.pread(group[0], length))
+    def _blob(self, group: list[int], end: int) -> memoryview:
+        return memoryview(self.file.pread(group[0], end - group[0]))
 
-    def _inflate(self, data: memoryview, index: int) -> memoryview:
-        """The grain of that number, as far as the disk has it, from the bytes that begin with its marker."""
+    def _inflate(self, data: memoryview, index: int, offset: int) -> memoryview:
+        """The grain of that number, as far as the disk has it, from the bytes that begin with its marker.
+
+        Few grains are longer than what they hold: such a one is read again, from its offset.
+        """
         grain = self.layout.grain
         marker = Marker.parse(data)
         marker.check_grain(grain)
         if marker.value * SECTOR != index * grain:
             raise CorruptImage(f"the marker is of sector {marker.value}, expected {index * grain // SECTOR}")
         end = GRAIN_MARKER_BYTES + marker.size
+        if len(data) < end:
+            data = memoryview(self.file.pread(offset, end))
         if len(data) < end:
             raise CorruptImage(f"cut short: {end} bytes expected, {len(data)} found", hint=TRUNCATED)
         seen = min(grain, self.virtual_size - index * grain)
