@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from tests.benchmarks import network, volumes
+from tests.benchmarks import installed, network, volumes
 from tests.benchmarks.cases import CASES, MIB, Case
 from tests.benchmarks.contenders import contenders
 from tests.benchmarks.measure import Failed, rounds
@@ -64,7 +64,7 @@ def make_child(disk: Path, base: Path, folder: Path) -> Path:
     with changed.open("r+b") as file:
         for _ in range(64):
             file.write(os.urandom(MIB))
-    imagekit = str(Path(sys.executable).with_name("imagekit"))
+    imagekit = installed.command()
     subprocess.run([imagekit, "convert", "-q", str(changed), str(child), "--parent", str(base)], check=True)
     changed.unlink()
     return child
@@ -185,8 +185,7 @@ def main() -> None:
     print(
         f"{disk / GIB:g} GiB disk, {data / GIB:g} GiB of files; medians of whole processes; sources in the page cache"
     )
-    # An installation has its byte code; a checkout may not.
-    subprocess.run([sys.executable, "-m", "compileall", "-q", "imagekit", "formats", "cloudinit"], check=True)
+    installed.command()
     results = run_cases(chosen, data, disk, asked)
     missed = sum(not goal.met for result in results for goal in result.goals())
     total = sum(1 for result in results for _ in result.goals())

@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fixtures.hostile import Hostile, corpus
+from tests.benchmarks import installed
 
 MIB = 1 << 20
 FORMATS = ("qcow2", "qcow2 -c", "raw", "vpc", "vhdx", "vmdk", "vdi", "qcow2 -c -o compression_type=zstd")
@@ -152,7 +152,7 @@ def main() -> None:
         if not images.exists():
             make_images(images, asked.images, asked.largest, asked.skew)
         subprocess.run(f"cat {images}/* > /dev/null", shell=True, check=True)
-        ours = [str(Path(sys.executable).with_name("imagekit")), "batch", str(images), "-O", "vhdx"]
+        ours = [installed.command(), "batch", str(images), "-O", "vhdx"]
         ours += ["--jobs", str(asked.jobs), "--output", "json", "--progress", "none", "--out", str(folder / "ours")]
         commands = {
             "imagekit batch": ours,

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tests.benchmarks import cases
+from tests.benchmarks import cases, installed
 from tests.benchmarks.cases import Case
 from tests.benchmarks.measure import Contender
 
@@ -42,7 +42,7 @@ def _ours(name: str, case: Case, sources: dict[str, Path], folder: Path, options
         entry = sources[case.source]
         copy = (sys.executable, "-m", "tests.benchmarks.cache_copy", str(entry), *options, "copy")
         return Contender(name, copy, entry.with_name(f"{entry.stem}_copy{entry.suffix}"), self_timed=True)
-    command = [str(Path(sys.executable).with_name("imagekit")), case.command]
+    command = [installed.command(), case.command]
     if case.source:
         command.append(str(sources[case.source]))
     if not case.target:

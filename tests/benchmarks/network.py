@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from tests.benchmarks import installed
 from tests.benchmarks.cases import Case
 from tests.benchmarks.contenders import OURS
 from tests.benchmarks.measure import Contender, Run, rounds
@@ -57,7 +58,7 @@ def measured(case: Case, source: Path, folder: Path, count: int, said: Callable[
 
 
 def _contenders(case: Case, source: Path, url: str, folder: Path) -> list[Contender]:
-    imagekit = str(Path(sys.executable).with_name("imagekit"))
+    imagekit = installed.command()
     ours, theirs, fetched = (folder / f"{name}.{case.target}" for name in ("ours", "theirs", "fetched"))
     convert = (imagekit, "convert", "-q", "--no-sync")
     options: tuple[str, ...] = ()
