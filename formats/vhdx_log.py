@@ -20,19 +20,22 @@ Not here: writing the log, or writing what was replayed into the file (vhdx_chan
 from __future__ import annotations
 
 import struct
-from bisect import bisect_right
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import compress, repeat
+from operator import gt
+from typing import TYPE_CHECKING, TypeAlias
 
 from imagekit.errors import CorruptImage, UnsupportedFeature
 from imagekit.formats.base import Buffer, File, KiB, MiB, read_exactly, round_up
 from imagekit.formats.crc32c import crc32c
 from imagekit.formats.vhdx_header import MAX_FILE, REGION_TABLE_OFFSETS, UNIT, Header
-from imagekit.records import dataclass
+from imagekit.formats.words import words32, words64
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from imagekit.formats.words import Words
 
 LOG_SECTOR = 4 * KiB
 MAX_LOG = 8 * MiB
@@ -47,7 +50,10 @@ FIRST_WRITABLE = REGION_TABLE_OFFSETS[0]
 """Nothing in a log may change what comes before: the file identifier and the headers."""
 
 _ENTRY = struct.Struct("<4sIIIQII16sQQ")
-_DESCRIPTOR = [("signature", "S4"), ("trailing", "V4"), ("leading", "V8"), ("offset", "<u8"), ("sequence", "<u8")]
+_DATA, _ZERO = (int.from_bytes(kind, "little") for kind in (DATA_DESCRIPTOR, ZERO_DESCRIPTOR))
+_DESCRIPTOR = 32
+"""Bytes: signature, a page's last four, its first eight or how much is zeroed, offset, sequence number."""
+
 _HINT = "attach and detach the image on Hyper-V, or fetch it again"
 
 
@@ -125,10 +131,7 @@ class Ring:
 
     def entries(self) -> Iterator[Entry]:
         """All valid entries, by place. No two of them overlap."""
-        import numpy as np
-
-        sectors = np.frombuffer(self._data, "S4")[:: LOG_SECTOR // 4]
-        starts = (np.flatnonzero(sectors == ENTRY_SIGNATURE) * LOG_SECTOR).tolist()
+        starts = [at for at in range(0, self.length, LOG_SECTOR) if self._data.startswith(ENTRY_SIGNATURE, at)]
         for start, following in zip(starts, [*starts[1:], *(at + self.length for at in starts[:1])], strict=True):
             header = EntryHeader.parse(self.read(start, _ENTRY.size))
             if header.length <= following - start and self._is_valid(start, header):
@@ -145,18 +148,21 @@ class Ring:
         ):
             return False
         data = self.read(start, header.length)
-        if crc32c(data[:4] + bytes(4) + data[8:]) != header.checksum:
+        if crc32c(data[8:], crc32c(data[:4] + bytes(4))) != header.checksum:
             return False
-        descriptors, sectors = split_entry(data, header)
-        is_data = descriptors["signature"] == DATA_DESCRIPTOR
-        known = is_data | (descriptors["signature"] == ZERO_DESCRIPTOR)
+        sequence = header.sequence.to_bytes(8, "little")
+        descriptors = data[_ENTRY.size : _ENTRY.size + header.descriptors * _DESCRIPTOR]
+        signatures = words32(descriptors, "little")[0::8]
+        pages = signatures.count(_DATA)
         return (
-            bool(known.all())
-            and bool((descriptors["sequence"] == header.sequence).all())
-            and len(sectors) == int(is_data.sum())
-            and bool((sectors["signature"] == DATA_SIGNATURE).all())
-            and bool((sectors["high"] == header.sequence >> 32).all())
-            and bool((sectors["low"] == header.sequence & 0xFFFFFFFF).all())
+            pages + signatures.count(_ZERO) == header.descriptors
+            and words64(descriptors, "little")[3::4].count(header.sequence) == header.descriptors
+            and header.area + pages * LOG_SECTOR == header.length
+            and all(
+                data.startswith(DATA_SIGNATURE + sequence[4:], at)
+                and data.startswith(sequence[:4], at + LOG_SECTOR - 4)
+                for at in range(header.area, header.length, LOG_SECTOR)
+            )
         )
 
     def active(self) -> list[Entry]:
@@ -182,42 +188,33 @@ class Ring:
         return found[max(found)] if found else []
 
 
-def split_entry(data: bytes, header: EntryHeader) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The descriptors and the data sectors of an entry, as structured arrays."""
-    import numpy as np
-
-    sector = [("signature", "S4"), ("high", "<u4"), ("payload", "V4084"), ("low", "<u4")]
-    return (
-        np.frombuffer(data, np.dtype(_DESCRIPTOR), count=header.descriptors, offset=_ENTRY.size),
-        np.frombuffer(data, np.dtype(sector), offset=header.area),
-    )
-
-
 class Ranges:
     """Ranges of a file, sorted and apart."""
 
-    def __init__(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+    def __init__(self, starts: Words, ends: Words) -> None:
         self.starts = starts
         self.ends = ends
 
     @classmethod
-    def union(cls, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Ranges:
+    def union(cls, starts: Sequence[int], ends: Sequence[int]) -> Ranges:
         """Of ranges in any order, overlapping or adjacent."""
-        import numpy as np
+        starts, ends = sorted(starts), sorted(ends)
+        # Between two of the starts is a gap where as many ranges have ended as have begun.
+        gaps = bytes(map(gt, starts[1:], ends))
+        return cls(
+            array("Q", [*starts[:1], *compress(starts[1:], gaps)]),
+            array("Q", [*compress(ends, gaps), *ends[-1:]]),
+        )
 
-        if not len(starts):
-            return cls(starts, ends)
-        order = np.argsort(starts, kind="stable")
-        starts, reach = starts[order], np.maximum.accumulate(ends[order])
-        apart = np.flatnonzero(starts[1:] > reach[:-1])
-        return cls(starts[np.append(0, apart + 1)], reach[np.append(apart, -1)])
+    def before(self, end: int) -> Ranges:
+        """Their parts before ``end``."""
+        count = bisect_left(self.starts, end)
+        return Ranges(self.starts[:count], array("Q", map(min, self.ends[:count], repeat(end))))
 
     def within(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """(start, end) of their parts between ``start`` and ``end``."""
-        first = int(self.ends.searchsorted(start, "right"))
-        last = int(self.starts.searchsorted(end, "left"))
-        for at in range(first, last):
-            yield max(start, int(self.starts[at])), min(end, int(self.ends[at]))
+        for at in range(bisect_right(self.ends, start), bisect_left(self.starts, end)):
+            yield max(start, self.starts[at]), min(end, self.ends[at])
 
 
 class ReplayedFile:
@@ -228,8 +225,6 @@ class ReplayedFile:
     """
 
     def __init__(self, file: File, size: int, pages: dict[int, bytes], zeros: Ranges, entries: int) -> None:
-        import numpy as np
-
         self.name = file.name
         self.file = file
         self.pages = dict(sorted(pages.items()))
@@ -238,9 +233,10 @@ class ReplayedFile:
         self._size = size
         self._page_starts = list(self.pages)
         grown = [file.size] if size > file.size else []
-        starts = np.array(self._page_starts + grown, dtype=np.int64)
-        ends = np.append(starts[: len(self.pages)] + LOG_SECTOR, [size] * len(grown)).astype(np.int64)
-        self._changed = Ranges.union(np.append(starts, zeros.starts), np.append(ends, zeros.ends))
+        ends = [at + LOG_SECTOR for at in self._page_starts] + [size] * len(grown)
+        self._changed = Ranges.union(
+            array("Q", self._page_starts + grown) + zeros.starts, array("Q", ends) + zeros.ends
+        )
 
     @property
     def size(self) -> int:
@@ -329,76 +325,54 @@ def _check_sizes(file_size: int, head: EntryHeader) -> None:
         raise CorruptImage(f"the log makes the file {head.last_file_offset} bytes long, more than any VHDX needs")
 
 
-def _apply(file: File, header: Header, ring: Ring, active: list[Entry]) -> ReplayedFile:
-    import numpy as np
+Pages: TypeAlias = dict[int, tuple[int, bytes]]
+"""By offset: how many ranges were zeroed before the page was written, and its bytes."""
 
+
+def _apply(file: File, header: Header, ring: Ring, active: list[Entry]) -> ReplayedFile:
     last = active[-1].header.last_file_offset
     size = round_up(last, UNIT) if last > file.size else file.size
-    pages: dict[int, tuple[int, bytes]] = {}  # by offset: (zeroed ranges before it, bytes)
-    starts: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
-    ends: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
-    earlier = 0
+    pages: Pages = {}
+    starts, ends = array("Q"), array("Q")
+    log, log_end = header.log_offset, header.log_offset + header.log_length
     for entry in active:
-        descriptors, sectors = split_entry(ring.read(entry.at, entry.header.length), entry.header)
-        is_data, offsets, stops = _targets(descriptors, header)
-        before = (earlier + np.cumsum(~is_data))[is_data].tolist()
-        rows = zip(descriptors[is_data], sectors["payload"], before, offsets[is_data].tolist(), strict=True)
-        for descriptor, payload, count, offset in rows:
-            leading, trailing = descriptor["leading"].tobytes(), descriptor["trailing"].tobytes()
-            pages[offset] = count, leading + payload.tobytes() + trailing
-            size = max(size, offset + LOG_SECTOR)
-        starts.append(offsets[~is_data])
-        ends.append(stops[~is_data])
-        earlier += len(starts[-1])
-    return _overlay(file, size, pages, np.concatenate(starts), np.concatenate(ends), entries=len(active))
+        data, sector = ring.read(entry.at, entry.header.length), entry.header.area
+        descriptors = memoryview(data)[_ENTRY.size : _ENTRY.size + entry.header.descriptors * _DESCRIPTOR]
+        words, signatures = words64(descriptors, "little"), words32(descriptors, "little")[0::8]
+        for at, (signature, second, offset) in enumerate(zip(signatures, words[1::4], words[2::4], strict=True)):
+            length = LOG_SECTOR if signature == _DATA else second
+            end = offset + length
+            if (
+                (offset | length) % LOG_SECTOR
+                or not FIRST_WRITABLE <= offset <= end <= MAX_FILE
+                or (end > log and offset < log_end)
+            ):
+                raise CorruptImage(
+                    f"the log changes {length} bytes at {offset:#x}, where a log may not change anything"
+                )
+            if signature == _DATA:
+                one = descriptors[at * _DESCRIPTOR : (at + 1) * _DESCRIPTOR]
+                page = b"".join((one[8:16], data[sector + 8 : sector + LOG_SECTOR - 4], one[4:8]))
+                pages[offset] = len(starts), page
+                sector += LOG_SECTOR
+                size = max(size, end)
+            elif length:
+                starts.append(offset)
+                ends.append(end)
+    return _overlay(file, size, pages, starts, ends, entries=len(active))
 
 
-def _targets(
-    descriptors: NDArray[Any], header: Header
-) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
-    """Whether each descriptor is one of data, and from where to where it changes the file; all bounded."""
-    import numpy as np
-
-    is_data = descriptors["signature"] == DATA_DESCRIPTOR
-    offsets = descriptors["offset"]
-    lengths = np.where(is_data, LOG_SECTOR, np.ascontiguousarray(descriptors["leading"]).view("<u8"))
-    log_end = header.log_offset + header.log_length
-    # Both are bounded before they are added: the sum of two u64 may wrap around.
-    small = (offsets <= MAX_FILE) & (lengths <= MAX_FILE)
-    starts, ends = (
-        np.where(small, offsets, 0).astype(np.int64),
-        np.where(small, offsets + lengths, 0).astype(np.int64),
-    )
-    aligned = (offsets % LOG_SECTOR == 0) & (lengths % LOG_SECTOR == 0)
-    apart = (ends <= header.log_offset) | (starts >= log_end)
-    wrong = np.flatnonzero(~(small & aligned & apart & (starts >= FIRST_WRITABLE) & (ends <= MAX_FILE)))
-    if len(wrong):
-        offset, length = int(offsets[wrong[0]]), int(lengths[wrong[0]])
-        raise CorruptImage(f"the log changes {length} bytes at {offset:#x}, where a log may not change anything")
-    return is_data, starts, ends
-
-
-def _overlay(
-    file: File,
-    size: int,
-    pages: dict[int, tuple[int, bytes]],
-    starts: NDArray[np.int64],
-    ends: NDArray[np.int64],
-    *,
-    entries: int,
-) -> ReplayedFile:
+def _overlay(file: File, size: int, pages: Pages, starts: Words, ends: Words, *, entries: int) -> ReplayedFile:
     """What is left of the pages when each zeroed range has zeroed those that came before it."""
-    import numpy as np
-
-    order = sorted(pages)
-    places = np.array(order, dtype=np.int64)
-    last = np.zeros(len(order), dtype=np.int64)  # 1 + the last zeroed range over each page
-    if len(order):
-        edges = zip(places.searchsorted(starts).tolist(), places.searchsorted(ends).tolist(), strict=True)
-        for at, (first, stop) in enumerate(edges):
-            last[first:stop] = at + 1
-    left = {at: pages[at][1] for at, zeroed in zip(order, last.tolist(), strict=True) if pages[at][0] >= zeroed}
-    # Behind the end there is nothing to be zeroed, and a range that became empty is none.
-    ends = np.minimum(ends, size)
-    real = starts < ends
-    return ReplayedFile(file, size, left, Ranges.union(starts[real], ends[real]), entries)
+    left = {offset: data for offset, (_, data) in pages.items()}
+    undecided = sorted(pages)
+    for at in reversed(range(len(starts))):  # the last range over a page decides
+        if not undecided:
+            break
+        over = slice(bisect_left(undecided, starts[at]), bisect_left(undecided, ends[at]))
+        for offset in undecided[over]:
+            if pages[offset][0] <= at:
+                del left[offset]
+        del undecided[over]
+    zeros = Ranges.union(starts, ends).before(size)
+    return ReplayedFile(file, size, left, zeros, entries)
