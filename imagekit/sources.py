@@ -8,7 +8,6 @@ like the first, down to the end of the chain: what is missing or wrong there is 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -97,7 +96,11 @@ class Opener:
 
     def scratch(self, folder: Path | None, name: str) -> LocalFile:
         """A new file that only its descriptor leads to, for what has to be unpacked."""
-        return nameless(folder or Path(tempfile.gettempdir()), name)
+        if folder is None:
+            import tempfile  # and with it, what makes random names
+
+            folder = Path(tempfile.gettempdir())
+        return nameless(folder, name)
 
     def referred(self, reference: Reference, origin: LocalFile, following: Following) -> Iterator[LocalFile]:
         """The files that a reference of the image in ``origin`` may mean, the likeliest first; to be closed."""

@@ -327,7 +327,7 @@ def test_options_of_other_commands_are_not_put_together(disk: Path) -> None:
 
 def test_info_loads_no_other_command(disk: Path) -> None:
     code = "import sys; sys.argv[1:] = ['info', 'disk.raw']\nfrom imagekit.cli import main\n"
-    code += "heavy = ['imagekit.cli.guests', 'importlib.metadata', 'hashlib', 'rich']\n"
+    code += "heavy = ['imagekit.cli.guests', 'importlib.metadata', 'hashlib', 'rich', 'dataclasses', 'tempfile']\n"
     code += "try: main()\nexcept SystemExit: print([m for m in heavy if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=disk.parent)
     assert done.stdout.splitlines()[-1] == "[]"
