@@ -15,6 +15,7 @@ Design notes
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 from array import array
@@ -145,38 +146,40 @@ class Bat:
         raw = read_exactly(self._file, self.offset + start * ENTRY_SIZE, (end - start) * ENTRY_SIZE, "the BAT")
         count = stop - first
         if is_zero(raw):
-            return Window(bytes(count), bytes(count), array("Q", bytes(count * ENTRY_SIZE)))
+            return _nothing(count)
         entries = words64(raw, "little")
         del entries[geometry.bitmap_slots(start, end)]
-        stored = bytearray(packed(entries, "little"))
+        stored = packed(entries, "little")
         states = stored[::ENTRY_SIZE].translate(_STATES)
-        kinds = bytes(states.translate(_CHILDS_KINDS if geometry.differencing else _KINDS))
+        kinds = states.translate(_CHILDS_KINDS if geometry.differencing else _KINDS)
         here = kinds.translate(_PLACED)
         self._refuse(states.find(_INVALID), first, entries, "has the state 4, which does not exist")
         if _has_reserved(stored):
             wrong = next((at for at in used(here) if entries[at] & RESERVED_BITS), -1)
             self._refuse(wrong, first, entries, "has reserved bits set")
-        stored[::ENTRY_SIZE] = bytes(count)
-        offsets = words64(stored, "little")
-        if any(compress(offsets, kinds.translate(_UNPLACED))):
+        places = bytearray(stored)
+        places[::ENTRY_SIZE] = bytes(count)
+        offsets = words64(places, "little")
+        if 0 in here and any(compress(offsets, kinds.translate(_UNPLACED))):
             offsets = array("Q", map(mul, offsets, here))
         if not self._all_inside(offsets, here):
             wrong = next((at for at in used(here) if self._is_outside(first + at, offsets[at])), -1)
             self._refuse(wrong, first, entries, "does not lie in the file, or lies on one of its tables")
-        return Window(bytes(states), kinds, offsets)
+        return Window(states, kinds, offsets)
 
     def _all_inside(self, offsets: Words, here: bytes) -> bool:
         """Whether blocks of full length at the ``offsets`` that are places lie where blocks can lie."""
         size = self.geometry.block_size
-        places = offsets if is_sequence(offsets, size) else sorted(compress(offsets, here))
+        in_order = is_sequence(offsets, size)
+        places = offsets if in_order else list(compress(offsets, here))
         if not places:
             return True
-        if places[-1] + size > min(self._file.size, MAX_FILE):
-            return False
-        return all(
-            bisect_left(places, start - size + 1) == bisect_left(places, end)
-            for start, end in self._taken
-            if end > places[0]
+        lowest, highest = (places[0], places[-1]) if in_order else (min(places), max(places))
+        near = [(start, end) for start, end in self._taken if end > lowest]
+        if near and not in_order:
+            places = sorted(places)
+        return highest + size <= min(self._file.size, MAX_FILE) and all(
+            bisect_left(places, start - size + 1) == bisect_left(places, end) for start, end in near
         )
 
     def _is_outside(self, block: int, place: int) -> bool:
@@ -311,10 +314,16 @@ class Bat:
                     start = after
 
 
-def _has_reserved(entries: bytearray) -> bool:
+@functools.lru_cache(maxsize=2)
+def _nothing(count: int) -> Window:
+    """Blocks that are not there."""
+    return Window(bytes(count), bytes(count), array("Q", bytes(count * ENTRY_SIZE)))
+
+
+def _has_reserved(entries: bytes) -> bool:
     """Whether any of the entries, used or not, has a reserved bit set."""
     return bool(
         entries[::ENTRY_SIZE].translate(None, _FIRST_BYTES)
-        or any(entries[1::ENTRY_SIZE])
+        or not is_zero(entries[1::ENTRY_SIZE])
         or entries[2::ENTRY_SIZE].translate(None, _THIRD_BYTES)
     )

@@ -43,13 +43,15 @@ PARTS = 16
 _WHAT_BITS = 29
 _BITMAP = 1 << _WHAT_BITS - 1
 _SHIFT = _WHAT_BITS - (UNIT.bit_length() - 1)
+_NOWHERE = (-1, -1)
 
 
 def check(image: VhdxImage) -> list[Problem]:
     """Everything wrong with the structure."""
     problems = [Problem(fact.code, fact.message, fact.offset) for fact in image.facts()]
-    entries = list(_entries(image))
-    return problems + entries + list(_overlaps(image))
+    reaches: dict[int, tuple[int, int]] = {}
+    entries = list(_entries(image, reaches))
+    return problems + entries + list(_overlaps(image, reaches))
 
 
 def _count(image: VhdxImage) -> int:
@@ -72,13 +74,18 @@ def _bitmap(image: VhdxImage, chunk: int) -> int | CorruptImage | None:
         return error
 
 
-def _entries(image: VhdxImage) -> Iterator[Problem]:
-    """What single entries of the BAT say that they should not; at most `MOST` of each kind."""
+def _entries(image: VhdxImage, reaches: dict[int, tuple[int, int]]) -> Iterator[Problem]:
+    """What single entries of the BAT say that they should not; at most `MOST` of each kind.
+
+    Windows without anything in them are noted in ``reaches``.
+    """
     geometry, listed = image.geometry, dict.fromkeys(("bat-entry", "old-state", "partial-state", "no-bitmap"), 0)
     for number in range(_count(image)):
         first, window, found = number * WINDOW, _window(image, number), list[Problem]()
         if isinstance(window, CorruptImage):
             found.append(Problem("bat-entry", window.message, window.offset))
+        elif is_zero(window.states):
+            reaches[number] = _NOWHERE
         else:
             for at in islice(_positions(window.states, OLD_UNMAPPED), MOST):
                 message = f"block {first + at} has the state 5, of a draft of the format; it reads as zeros"
@@ -129,11 +136,10 @@ def _bitmap_place(image: VhdxImage, chunk: int) -> int:
 # --- overlaps ----------------------------------------------------------------------------------------------------
 
 
-def _overlaps(image: VhdxImage) -> Iterator[Problem]:
+def _overlaps(image: VhdxImage, reaches: dict[int, tuple[int, int]]) -> Iterator[Problem]:
     """Blocks and sector bitmaps that share a place in the file; at most `MOST`."""
     left, reach, owner = MOST, 0, 0
     block_size = image.geometry.block_size
-    reaches: dict[int, tuple[int, int]] = {}
     for low in range(0, min(image.file.size, MAX_FILE), FILE_WINDOW):
         for part in _gather(image, low, reaches):
             for claim in sorted(part):
@@ -162,7 +168,7 @@ def _gather(image: VhdxImage, low: int, reaches: dict[int, tuple[int, int]]) -> 
         if highest < edges[0] or lowest >= edges[-1]:
             continue
         claims = _claims(image, number)
-        reaches[number] = (claims[0], claims[-1]) if claims else (-1, -1)
+        reaches[number] = (claims[0], claims[-1]) if claims else _NOWHERE
         room -= _spread(claims, edges, parts)
         if room < 0:
             break
