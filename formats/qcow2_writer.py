@@ -14,7 +14,10 @@ Not here: version 2, extended L2 entries, backing files, encryption.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from itertools import islice
+from operator import lt
 from typing import TYPE_CHECKING, Literal
 
 from imagekit.errors import UnsupportedFeature
@@ -41,13 +44,11 @@ from imagekit.formats.qcow2_header import (
     feature_names,
 )
 from imagekit.formats.qcow2_l2 import COMPRESSED_FLAG, COPIED_FLAG
+from imagekit.formats.words import packed
 from imagekit.records import dataclass
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Words = NDArray[np.uint64]
+    from imagekit.formats.words import Words
 
 DEFAULT_CLUSTER = 64 * KiB
 HEADER_LENGTH = 112
@@ -161,48 +162,52 @@ def _count(runs: BlockRuns) -> int:
 
 
 def _metadata(
-    disk: _Disk, shape: _Shape, tables: BlockRuns, entries: Iterable[Words], counts: Iterable[int]
+    disk: _Disk, shape: _Shape, tables: BlockRuns, entries: Iterable[Words], counts: Words
 ) -> Iterator[tuple[int, bytes]]:
     """Everything but the data; the header last. ``entries`` are the L2 tables' in order, by :func:`_pieces`;
     ``counts`` the refcounts of the data clusters, where they are not one.
     """
-    import numpy as np
-
     at = shape.tables_offset
     for words in entries:
-        yield at, words.astype(">u8").tobytes()
+        yield at, packed(words, "big")
         at += len(words) * 8
     yield from _refcounts(shape, counts)
-    l1 = np.zeros(shape.l1 * disk.cluster // 8, np.uint64)
+    l1 = _zeros(shape.l1 * disk.cluster // 8)
     at = shape.tables_offset
     for first, count in tables:
-        l1[first : first + count] = at + disk.cluster * np.arange(count, dtype=np.uint64)
+        l1[first : first + count] = _side_by_side(at, count, disk.cluster, COPIED_FLAG)
         at += count * disk.cluster
-    l1[l1 != 0] |= np.uint64(COPIED_FLAG)
-    yield disk.cluster, l1.astype(">u8").tobytes()
+    yield disk.cluster, packed(l1, "big")
     yield 0, disk.header(shape)
 
 
-def _refcounts(shape: _Shape, counts: Iterable[int]) -> Iterator[tuple[int, bytes]]:
-    """The refcount blocks and the table of them."""
-    import numpy as np
+def _zeros(count: int) -> Words:
+    return array("q", [0]) * count
 
+
+def _side_by_side(first: int, count: int, cluster: int, flag: int = 0) -> Words:
+    """Entries for clusters that follow one another. As signed numbers, because a range of larger ones is slow."""
+    signed = first - flag  # the flag is the highest bit, or none
+    return array("q", range(signed, signed + count * cluster, cluster))
+
+
+def _refcounts(shape: _Shape, counts: Words) -> Iterator[tuple[int, bytes]]:
+    """The refcount blocks and the table of them."""
     blocks, table = shape.refcounts()
     per_block = shape.cluster * 8 >> REFCOUNT_ORDER
     step = max(1, PIECE // shape.cluster)
-    first_data = 1 + shape.l1
-    data = np.asarray(counts, dtype=np.uint16)
+    first_data, clusters = 1 + shape.l1, shape.clusters
     for first in range(0, blocks, step):
         low, high = first * per_block, min(first + step, blocks) * per_block
-        numbers = np.ones(high - low, ">u2")
-        numbers[max(0, shape.clusters - low) :] = 0
-        start, end = max(low, first_data), min(high, first_data + len(data))
+        there = min(high, clusters) - low
+        numbers = array("H", [1]) * there + array("H", [0]) * (high - low - there)
+        start, end = max(low, first_data), min(high, first_data + len(counts))
         if start < end:
-            numbers[start - low : end - low] = data[start - first_data : end - first_data]
-        yield shape.blocks_offset + first * shape.cluster, numbers.tobytes()
-    pointers = np.zeros(table * shape.cluster // 8, ">u8")
-    pointers[:blocks] = shape.blocks_offset + shape.cluster * np.arange(blocks, dtype=np.uint64)
-    yield shape.blocks_offset + blocks * shape.cluster, pointers.tobytes()
+            numbers[start - low : end - low] = counts[start - first_data : end - first_data]
+        yield shape.blocks_offset + first * shape.cluster, packed(numbers, "big")
+    pointers = _side_by_side(shape.blocks_offset, blocks, shape.cluster)
+    pointers.extend(_zeros(table * shape.cluster // 8 - blocks))
+    yield shape.blocks_offset + blocks * shape.cluster, packed(pointers, "big")
 
 
 def _pieces(disk: _Disk, tables: BlockRuns) -> Iterator[tuple[int, int]]:
@@ -239,27 +244,22 @@ class PlainLayout:
     def metadata(self) -> Iterator[tuple[int, bytes]]:
         tables = self._tables()
         shape = self._disk.shape(self._slots.count, _count(tables))
-        return _metadata(self._disk, shape, tables, self._entries(tables), ())
+        return _metadata(self._disk, shape, tables, self._entries(tables), array("H"))
 
     def _entries(self, tables: BlockRuns) -> Iterator[Words]:
-        import numpy as np
-
         runs = self._slots.runs()
         first, count, slot = next(runs, (0, 0, 0))
         for low, length in _pieces(self._disk, tables):
-            found: list[tuple[int, int, int]] = []
+            words = _zeros(length)
             while count and first < low + length:
                 inside = min(count, low + length - first)
-                found.append((first - low, inside, slot))
+                offset = self._base + self._disk.cluster * slot
+                entries = _side_by_side(offset, inside, self._disk.cluster, COPIED_FLAG)
+                words[first - low : first - low + inside] = entries
                 # What is left of a run goes on in the next piece.
                 first, count, slot = first + inside, count - inside, slot + inside
                 if not count:
                     first, count, slot = next(runs, (0, 0, 0))
-            firsts, counts, slots = np.array(found, dtype=np.int64).reshape(-1, 3).T
-            steps = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-            offsets = self._base + self._disk.cluster * (np.repeat(slots, counts) + steps)
-            words = np.zeros(length, np.uint64)
-            words[np.repeat(firsts, counts) + steps] = offsets.astype(np.uint64) | np.uint64(COPIED_FLAG)
             yield words
 
 
@@ -331,22 +331,21 @@ class PackedLayout(EncodedLayout):
         return at
 
     def metadata(self) -> Iterator[tuple[int, bytes]]:
-        import numpy as np
-
-        blocks = np.asarray(self._blocks).astype(np.int64)
-        order = np.argsort(blocks, kind="stable")
-        blocks, descriptors = blocks[order], np.asarray(self._descriptors)[order]
+        blocks, descriptors = self._blocks[:], self._descriptors[:]
+        if not all(map(lt, blocks, islice(blocks, 1, None))):
+            order = sorted(range(len(blocks)), key=blocks.__getitem__)
+            blocks = array("Q", map(self._blocks.__getitem__, order))
+            descriptors = array("Q", map(self._descriptors.__getitem__, order))
         tables = self._disk.tables((table * self._disk.entries, 1) for table in sorted(self._tables))
         shape = self._disk.shape(len(self._counts), _count(tables))
         return _metadata(self._disk, shape, tables, self._entries(tables, blocks, descriptors), self._counts)
 
-    def _entries(self, tables: BlockRuns, blocks: NDArray[np.int64], descriptors: Words) -> Iterator[Words]:
-        import numpy as np
-
+    def _entries(self, tables: BlockRuns, blocks: Words, descriptors: Words) -> Iterator[Words]:
         for low, length in _pieces(self._disk, tables):
-            start, end = np.searchsorted(blocks, (low, low + length))
-            words = np.zeros(length, np.uint64)
-            words[blocks[start:end] - low] = descriptors[start:end]
+            start, end = bisect_left(blocks, low), bisect_left(blocks, low + length)
+            words = array("Q", [0]) * length
+            for block, descriptor in zip(blocks[start:end], descriptors[start:end], strict=True):
+                words[block - low] = descriptor
             yield words
 
 
