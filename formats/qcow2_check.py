@@ -18,7 +18,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import compress, count, repeat
-from operator import add, eq, floordiv, gt, ne
+from operator import add, eq, floordiv, gt, mul, ne
 from typing import TYPE_CHECKING, NamedTuple
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
@@ -205,6 +205,8 @@ class Counting:
         nothing = bytes(8 * len(self._tables))
         self._first, self._end = array("Q", nothing), array("Q", nothing)
         """First and last + 1 of the clusters that the entries of each table lead to."""
+        self._plain, self._compressed = array("Q", nothing), array("Q", nothing)
+        """How many entries of each table are plain, and compressed."""
         self._active, self._times = active, times = walk.active_tables()
         self._by_place = in_place_order(walk.l1_pointers.offsets)
         found.entries(
@@ -221,10 +223,11 @@ class Counting:
         plain = streams = stored = 0
         starts, repeated = array("Q"), False
         for offset, times in zip(self._active, self._times, strict=True):
-            if not self._end[bisect_left(self._tables, offset)]:
-                continue  # leads nowhere
+            index = bisect_left(self._tables, offset)
+            plain += self._plain[index] * times * walk.cluster
+            if not self._compressed[index]:
+                continue
             table = walk.l2_table(offset)
-            plain += sum(table.counts) * times * walk.cluster
             streams += len(table.compressed) * times
             stored += sum(table.lengths) * times
             # Among the first ones none may be there twice; how much all of them can be is counted in any case.
@@ -260,15 +263,15 @@ class Counting:
             windows.update(self._windows(first, end))
         for index, offset in enumerate(self._tables):
             table = self._walk.l2_table(offset, report=True)
-            runs = [*self._runs(table), *self._streams(table)]
-            if runs:
-                first = self._first[index] = min(first for first, _ in runs)
-                end = self._end[index] = max(end for _, end in runs)
-                if len(whole := self._windows(first, end)) > 1:
-                    for run in runs:
-                        windows.update(self._windows(*run))
-                else:
-                    windows.update(whole)
+            if not table.entries and not table.compressed:
+                continue
+            self._plain[index], self._compressed[index] = sum(table.counts), len(table.compressed)
+            first, end = self._first[index], self._end[index] = self._reach(table)
+            if len(whole := self._windows(first, end)) > 1:
+                for run in self._runs(table):
+                    windows.update(self._windows(*run))
+            else:
+                windows.update(whole)
         blocks = self._walk.refcount_blocks
         if blocks is not None:
             for block in blocks.entries:
@@ -288,18 +291,27 @@ class Counting:
         """First and last + 1 of the clusters that bytes touch."""
         return offset // self._size, (offset + length - 1) // self._size + 1
 
-    def _runs(self, table: L2Table) -> Iterator[tuple[int, int]]:
-        """First and last + 1 of the clusters that plain entries touch, each once an entry."""
-        for number, place in zip(table.counts, table.places, strict=True):
-            first = place // self._size
-            yield first, first + number
-            if place % self._size:
-                yield first + 1, first + number + 1
+    def _reach(self, table: L2Table) -> tuple[int, int]:
+        """First and last + 1 of the clusters that entries touch."""
+        first = min(min(table.places, default=MAX_DISK), min(table.compressed, default=MAX_DISK))
+        plain = map(add, table.places, map(mul, table.counts, repeat(self._size)))
+        end = max(max(plain, default=0), max(map(add, table.compressed, table.lengths), default=0))
+        return first // self._size, -(-end // self._size)
 
-    def _streams(self, table: L2Table) -> Iterator[tuple[int, int]]:
-        bits = self._header.cluster_bits
+    def _runs(self, table: L2Table, low: int = 0, high: int = MAX_DISK) -> Iterator[tuple[int, int]]:
+        """First and last + 1 of the clusters that entries touch, each once an entry, where any are in low..high."""
+        size, bits = self._size, self._header.cluster_bits
+        for number, place in zip(table.counts, table.places, strict=True):
+            first = place >> bits
+            if first >= high or first + number < low:
+                continue
+            yield first, first + number
+            if place & size - 1:
+                yield first + 1, first + number + 1
         for start, length in zip(table.compressed, table.lengths, strict=True):
-            yield start >> bits, (start + length - 1 >> bits) + 1
+            first, end = start >> bits, (start + length - 1 >> bits) + 1
+            if first < high and end > low:
+                yield first, end
 
     # --- one window ------------------------------------------------------------------------------------------
 
@@ -319,10 +331,11 @@ class Counting:
         near = array("I", (at for at, end in enumerate(self._end) if end > low and self._first[at] < high))
         for index in near:
             table, weight = self._walk.l2_table(self._tables[index]), self._weights[index]
-            for first, end in self._runs(table):
-                _add(used, first - low, end - low, weight)
-            for first, end in self._streams(table):
-                _add(used, first - low, end - low, weight)
+            for first, end in self._runs(table, low, high):
+                if end - first == 1 and low <= first < high:
+                    used[first - low] += weight
+                else:
+                    _add(used, first - low, end - low, weight)
         # Metadata is used once, a table as often as entries lead to it: what is used more often, by something else.
         overlap = {cluster for cluster, weight in tables if used[cluster] > weight}
         overlap.update(cluster - low for cluster in singles if used[cluster - low] > 1)
@@ -406,10 +419,15 @@ class Counting:
     def _wrong_flags(self, table: L2Table, low: int, counts: Words) -> tuple[Words, bytes]:
         wrong, flags = array("I"), bytearray()
         for entry, number, place, copied in zip(*table[:4], strict=True):
-            first = place // self._size - low
-            at, end = max(first, 0), min(first + number, len(counts))
-            if at >= end:
+            first = (place >> self._header.cluster_bits) - low
+            if first >= len(counts) or first + number <= 0:
                 continue
+            if number == 1:
+                if (counts[first] == 1) != copied:
+                    wrong.append(entry)
+                    flags.append(copied)
+                continue
+            at, end = max(first, 0), min(first + number, len(counts))
             part = counts[at:end]
             if not copied or part != alike(1, end - at):
                 before = len(wrong)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from heapq import merge
 from itertools import compress, count, groupby, islice, repeat
-from operator import and_, lt
+from operator import add, and_, lt, mul, sub
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from imagekit.formats.base import MiB, Range, round_up
@@ -326,16 +326,16 @@ class Walk:
         if self.own_data:
             streams = array("I", used(marks.translate(_chosen(IS_COMPRESSED))))
             spans = self.image.compressed_spans(map(descriptors.__getitem__, streams))
-        entries, counts, places, copied = array("I"), array("I"), array("Q"), bytearray()
-        if self.own_data:
-            for first, end, kind in entry_runs(marks.translate(_PLACED), raw, self.header, (1, 2)):
-                if kind:
-                    entries.append(first)
-                    counts.append(end - first)
-                    places.append(descriptors[first] & OFFSET)
-                    copied.append(kind == 2)
+        kinds = marks.translate(_PLACED) if self.own_data else bytes(len(marks))
+        borders = entry_runs(kinds, raw, self.header, b"\1\2")
+        runs = bytes(map(kinds.__getitem__, borders))
+        entries = array("I", compress(borders, runs))
+        counts = array("I", compress(map(sub, [*borders[1:], len(kinds)], borders), runs))
+        places = array("Q", map(and_, map(descriptors.__getitem__, entries), repeat(OFFSET)))
         starts = array("Q", (start for start, _ in spans))
-        table = L2Table(entries, counts, places, bytes(copied), starts, array("I", (length for _, length in spans)))
+        lengths = array("I", (length for _, length in spans))
+        copied = bytes(map((2).__eq__, filter(None, runs)))
+        table = L2Table(entries, counts, places, copied, starts, lengths)
         if report:
             self._report_entries(marks, descriptors, words[1::2], offset)
             self._report_places(table, descriptors, streams, offset)
@@ -353,7 +353,9 @@ class Walk:
     def _report_places(self, table: L2Table, descriptors: Words, streams: Sequence[int], at: int) -> None:
         step, inside = self.header.l2_entry_size, round_up(self.size, self.cluster)
         unaligned, outside = array("I"), array("I")
-        for entry, number, place in zip(table.entries, table.counts, table.places, strict=True):
+        ends = map(add, table.places, map(mul, table.counts, repeat(self.cluster)))
+        right = not any(map(and_, table.places, repeat(self.cluster - 1))) and max(ends, default=0) <= inside
+        for entry, number, place in () if right else zip(table.entries, table.counts, table.places, strict=True):
             if place % self.cluster:
                 unaligned.extend(range(entry, entry + number))
             elif place + number * self.cluster > inside:

@@ -14,10 +14,9 @@ Design notes
 
 from __future__ import annotations
 
-import re
 import sys
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from itertools import compress, groupby, repeat
@@ -66,8 +65,6 @@ _BYTES = (
 )
 """What each byte of an entry adds to the byte that stands for it."""
 
-_STRETCHES = re.compile(b"|".join(b"%c+" % kind for kind in range(MIXED + 1)))
-
 
 def compressed_offset_mask(header: Qcow2Header) -> int:
     """The bits of a compressed cluster's descriptor that say where its stream starts; above them is its length."""
@@ -82,19 +79,13 @@ def entry_marks(raw: bytes, step: int) -> bytes:
     return marks.to_bytes(len(raw) // step, "little")
 
 
-def entry_runs(
-    kinds: bytes, raw: bytes, header: Qcow2Header, split: tuple[int, ...]
-) -> Iterator[tuple[int, int, int]]:
-    """(first, end, kind) of the entries of one kind; those in ``split`` also end where offsets do not go on."""
-    cuts = _cuts(raw, header) if any(kind in kinds for kind in split) else []
-    for match in _STRETCHES.finditer(kinds):
-        first, end = match.span()
-        kind = kinds[first]
-        if kind in split and end - first > 1:
-            for at in cuts[bisect_right(cuts, first) : bisect_left(cuts, end)]:
-                yield first, at, kind
-                first = at
-        yield first, end, kind
+def entry_runs(kinds: bytes, raw: bytes, header: Qcow2Header, split: bytes) -> list[int]:
+    """The entries that runs begin with: of one kind, and those of a kind in ``split`` of places that go on."""
+    number = int.from_bytes(kinds, "big")
+    borders = {0, *used((number ^ number >> 8).to_bytes(len(kinds), "big"))}
+    if any(kind in kinds for kind in split):
+        borders.update(at for at in _cuts(raw, header) if kinds[at] in split)
+    return sorted(borders)
 
 
 @lru_cache(maxsize=16)
@@ -103,7 +94,7 @@ def _lanes(value: int, step: int, count: int) -> int:
     return int.from_bytes((value.to_bytes(8, "big") + bytes(step - 8)) * count, "big")
 
 
-def _cuts(raw: bytes, header: Qcow2Header) -> list[int]:
+def _cuts(raw: bytes, header: Qcow2Header) -> Iterator[int]:
     """Entries that do not lie a cluster behind the one before, ascending."""
     step = header.l2_entry_size
     count = len(raw) // step
@@ -111,7 +102,7 @@ def _cuts(raw: bytes, header: Qcow2Header) -> list[int]:
     places = int.from_bytes(raw, "big") & _lanes(OFFSET_MASK, step, count)
     expected = (places >> step * 8) + _lanes(header.cluster_size, step, count)
     differences = words64((places ^ expected).to_bytes(len(raw), "big"), sys.byteorder)
-    return list(used(differences[:: step // 8]))
+    return used(differences[:: step // 8])
 
 
 class L2(NamedTuple):
@@ -208,22 +199,20 @@ def decode_l2(raw: bytes, header: Qcow2Header, file: File, at: int) -> L2:
                 path=file.name,
                 offset=at + kinds.index(ZERO) * 8,
             )
-    starts, found, offsets = array("I"), bytearray(), array("Q")
-    for first, end, kind in entry_runs(kinds, raw, header, (PLAIN,)):
-        place = descriptors[first] & OFFSET_MASK if kind == PLAIN else 0
+    starts = array("I", entry_runs(kinds, raw, header, bytes([PLAIN])))
+    found = bytes(map(kinds.__getitem__, starts))
+    offsets = array("Q", map(and_, map(descriptors.__getitem__, starts), repeat(OFFSET_MASK)))
+    starts.append(count)
+    for index, kind in enumerate(found):
         if kind == PLAIN:
-            _check_plain(place, first, end, header, file, at)
+            _check_plain(offsets[index], starts[index], starts[index + 1], header, file, at)
         elif kind == MIXED:
-            for cluster in range(first, end):
+            for cluster in range(starts[index], starts[index + 1]):
                 if bitmaps[cluster] & _ALL:
                     _check_plain(descriptors[cluster] & OFFSET_MASK, cluster, cluster + 1, header, file, at)
-        starts.append(first)
-        found.append(kind)
-        offsets.append(place)
-    starts.append(count)
     if COMPRESSED not in kinds and MIXED not in kinds:
         descriptors, bitmaps = array("Q"), array("Q")
-    return L2(starts, bytes(found), offsets, descriptors, bitmaps, header.cluster_size, header.extended_l2)
+    return L2(starts, found, offsets, descriptors, bitmaps, header.cluster_size, header.extended_l2)
 
 
 @lru_cache(maxsize=8)
