@@ -69,7 +69,7 @@ def _rival(rival: str, case: Case, sources: dict[str, Path], folder: Path) -> Co
     if rival == cases.READ:
         return Contender(rival, (*LIMITS, "read", source), self_timed=True)
     if rival == cases.PYTHON:
-        return Contender(rival, (sys.executable, "-c", "pass"))
+        return Contender(rival, (str(Path(installed.command()).with_name("python")), "-c", "pass"))  # the same start
     assert rival == cases.STRUCTURE
     return _ours(rival, case, sources, folder, ())
 
