@@ -55,8 +55,6 @@ STACK = 1 << 20
 """Of a thread: the system's 8 MiB would count against the limit of memory, used or not."""
 
 MODULES = (
-    "numpy",
-    "numpy.ma",
     "imagekit.gpt",
     "imagekit.patched",
     "imagekit.wrappers",

@@ -91,7 +91,7 @@ def start_interpreter(settings: dict[str, Any], theirs: socket.socket) -> subpro
 def _environment() -> dict[str, str]:
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     # glibc looks into /sys for how many arenas it may have unless told; OpenBLAS would start threads.
-    return {**kept, "LC_ALL": "C.UTF-8", "MALLOC_ARENA_MAX": "2", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    return {**kept, "LC_ALL": "C.UTF-8", "MALLOC_ARENA_MAX": "2"}
 
 
 class _Nursery:

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("imagekit", "formats", "cloudinit")
 
-HEAVY = ("numpy", "pydantic", "typer", "rich", "yaml", "pycdlib", "qemu", "deflate", "backports", "asyncio")
+HEAVY = ("dataclasses", "pydantic", "typer", "rich", "yaml", "pycdlib", "qemu", "deflate", "backports", "asyncio")
 """What `import imagekit` must not load: each costs tens of milliseconds that `--version` would pay."""
 
 ONE_SYSTEM_ONLY = frozenset({"fcntl", "grp", "msvcrt", "pty", "pwd", "resource", "termios", "tty", "winreg"})

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -320,22 +318,6 @@ def test_the_header_tells_all_about_an_image_that_is_not_read() -> None:
         "corrupt": True,
     }
     assert [fact.code for fact in info.facts] == ["dirty", "corrupt-bit"]
-
-
-def test_looking_into_a_header_loads_no_numpy() -> None:
-    """`info` on many images should cost what it reads."""
-    code = """
-import sys
-from imagekit.formats import registry
-from imagekit.formats.files import MemoryFile
-import fixtures.qcow2_images as make_qcow2, fixtures.vhd_images as make_vhd
-for data in (make_qcow2.make(make_qcow2.Recipe(size=1 << 20)).data, make_vhd.dynamic(1 << 22, {})):
-    file = MemoryFile(data)
-    image = registry.choose(file, registry.probe(file)).open(file)
-    print(image.info().format, "numpy" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.stdout.split(), done.stderr) == (["qcow2", "False", "vhd", "False"], "")
 
 
 def test_an_image_cut_while_it_is_read_is_an_error() -> None:
