@@ -113,7 +113,7 @@ def _in_order(bat: Offsets, others: list[Range]) -> Iterator[tuple[int, int]]:
     keys: list[int] = []
     for first, page in pages(bat):
         keys += [start << _BITS | block for block, start in enumerate(page, first) if start >= 0]
-        if len(keys) >= MOST_SORTED:
+        if len(keys) >= MOST_SORTED // 4:  # a list takes five times as much memory
             parts.append(array("Q", sorted(keys)))
             keys = []
     for key in merge(*parts, sorted(keys)):
