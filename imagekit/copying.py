@@ -158,11 +158,14 @@ def _make_copier(
         extents = [extent for extent in image.extents(chunk.start, chunk.length) if extent.data]
         data, copied = sum(extent.length for extent in extents), 0
         by_kernel = _kernel_can(extents)
-        if prefix and (by_kernel or not extents or extents[0].start > chunk.start):
+        if prefix and not by_kernel and (not extents or extents[0].start > chunk.start):
             target.pwrite(chunk.target - len(prefix), prefix)
             prefix = b""
         if by_kernel:
             with lane:  # the kernel lets in one writer of a file at a time: a second one would only spin
+                if prefix:
+                    target.pwrite(chunk.target - len(prefix), prefix)
+                    prefix = b""
                 copied = _copy_by_kernel(extents, chunk, source, target)
         if copied < data:
             for start, length in _behind(extents, copied):

@@ -53,11 +53,8 @@ SIDE_BY_SIDE = 8 * MiB
 CHUNK = 2 * MiB
 """Guest bytes copied by one task."""
 TELL_EVERY = 64 * MiB
-Part: TypeAlias = tuple[int, int, int]
-"""Block, and the part of it (start, end) that is to be looked at."""
-
 Look: TypeAlias = tuple[int, int, int, File | None, int]
-"""The same, and where it lies unencoded: in which file, if in any, and from where."""
+"""Block, the part of it (start, end) to be looked at; where that lies unencoded: in which file, if any, and where."""
 
 VERIFY_LEVELS = ("structure", "content", "qemu-img", "none")
 
@@ -435,8 +432,8 @@ class _Probe:
             if data != (FIRST_ZEROS if head == FIRST_PROBE else ZEROS[:head]):
                 found.add(block)
             elif start + head < end:
-                rest.append((block, start + head, end))
-        if sum(end - start for _, start, end in rest) >= SIDE_BY_SIDE and self._jobs > 1:
+                rest.append((block, start, end, file, place))
+        if sum(one[2] - one[1] for one in rest) >= SIDE_BY_SIDE and self._jobs > 1:
             run_workers(rest, lambda: self._reader(found), jobs=self._jobs, control=self._control, tick=_nothing)
         elif rest:
             look = self._reader(found)
@@ -444,19 +441,21 @@ class _Probe:
                 look(one)
         yield from ((block, block + 1) for block in sorted(found))
 
-    def _reader(self, found: set[int]) -> Callable[[Part], None]:
+    def _reader(self, found: set[int]) -> Callable[[Look], None]:
         """Adds to ``found`` the blocks that have data; of them a buffer each, used for all looks."""
         buffer = bytearray(PROBE)
+        whole = memoryview(buffer)
 
-        def look(one: Part) -> None:
-            block, start, end = one
+        def look(one: Look) -> None:
+            block, start, end, file, place = one
+            self._control.check()
             for at in range(start, end, PROBE):
-                self._control.check()
                 if block in found:
                     return
-                length = min(PROBE, end - at)
-                self._image.pread_into(at, memoryview(buffer)[:length])
-                if (buffer if length == PROBE else buffer[:length]) != ZEROS[:length]:
+                view = whole if end - at >= PROBE else whole[: end - at]
+                if file is None or file.pread_into(place + at - start, view) != len(view):
+                    self._image.pread_into(at, view)
+                if (buffer if view is whole else bytes(view)) != ZEROS[: len(view)]:
                     found.add(block)
 
         return look

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 from typing import NoReturn
 
+OBJECTS = 50_000
+"""As many are made before the collector looks for cycles among them; loading the modules makes less."""
+
 
 def program() -> NoReturn:
     """The command ``imagekit``: :func:`main`, without the clean-up of an interpreter whose memory is gone anyway."""
+    gc.set_threshold(OBJECTS)
     try:
         main()
     except SystemExit as ending:
