@@ -205,10 +205,12 @@ class Counting:
         nothing = bytes(8 * len(self._tables))
         self._first, self._end = array("Q", nothing), array("Q", nothing)
         """First and last + 1 of the clusters that the entries of each table lead to."""
-        self._plain, self._compressed = array("Q", nothing), array("Q", nothing)
+        self._plain, self._compressed = (array("I", [0]) * len(self._tables) for _ in range(2))
         """How many entries of each table are plain, and compressed."""
-        self._active, self._times = active, times = walk.active_tables()
-        self._by_place = in_place_order(walk.l1_pointers.offsets)
+        active, times = walk.active_tables() if walk.has_snapshots else (self._tables, self._weights)
+        self._active, self._times = active, times
+        self._led_to = self._by_window(walk.l1_pointers.offsets)
+        """Which of the active L1 table's pointers lead to each window, in the order of the table."""
         found.entries(
             "overlap",
             lambda entry: f"{times[entry]} L1 entries lead to the L2 table at {active[entry]:#x}",
@@ -216,6 +218,15 @@ class Counting:
             self._header.l1_offset,
             0,
         )
+
+    def _by_window(self, offsets: Words) -> dict[int, Words]:
+        found: dict[int, Words] = {}
+        for at, window in enumerate(map(floordiv, offsets, repeat(self._size * WINDOW))):
+            led = found.get(window)
+            if led is None:
+                led = found[window] = array("I")
+            led.append(at)
+        return found
 
     def report_aliases(self) -> None:
         """Say so when the guest's disk holds more than the file can: then clusters share their places."""
@@ -323,11 +334,8 @@ class Counting:
         for cluster in singles:
             used[cluster - low] += 1
         one, other = (bisect_left(self._tables, cluster * self._size) for cluster in (low, high))
-        tables = [
-            (place // self._size - low, self._weights[at]) for at, place in enumerate(self._tables[one:other], one)
-        ]
-        for cluster, weight in tables:
-            used[cluster] += weight
+        for at in range(one, other):
+            used[self._tables[at] // self._size - low] += self._weights[at]
         near = array("I", (at for at, end in enumerate(self._end) if end > low and self._first[at] < high))
         for index in near:
             table, weight = self._walk.l2_table(self._tables[index]), self._weights[index]
@@ -337,7 +345,8 @@ class Counting:
                 else:
                     _add(used, first - low, end - low, weight)
         # Metadata is used once, a table as often as entries lead to it: what is used more often, by something else.
-        overlap = {cluster for cluster, weight in tables if used[cluster] > weight}
+        places = ((at, self._tables[at] // self._size - low) for at in range(one, other))
+        overlap = {cluster for at, cluster in places if used[cluster] > self._weights[at]}
         overlap.update(cluster - low for cluster in singles if used[cluster - low] > 1)
         for first, end in self._ranges:
             at = max(first - low, 0)
@@ -399,12 +408,8 @@ class Counting:
         """Wrong flags of the active tables, where ``counts`` are the refcounts: set is to say exactly one."""
         walk, low = self._walk, window.low
         entries, offsets = walk.l1_pointers
-        one, other = (
-            bisect_left(self._by_place, cluster * self._size, key=offsets.__getitem__)
-            for cluster in (low, low + len(counts))
-        )
         wrong = array("I")
-        for at in sorted(self._by_place[one:other]):
+        for at in self._led_to.get(low // WINDOW, ()):
             if (counts[offsets[at] // self._size - low] == 1) != (walk.l1[entries[at]] & COPIED != 0):
                 wrong.append(entries[at])
         flags = bytes(walk.l1[entry] & COPIED != 0 for entry in wrong)
@@ -434,13 +439,6 @@ class Counting:
                 wrong.extend(compress(count(entry + at - first), map(ne if copied else eq, part, repeat(1))))
                 flags += bytes([copied]) * (len(wrong) - before)
         return wrong, bytes(flags)
-
-
-def in_place_order(offsets: Words) -> Sequence[int]:
-    """The indexes of numbers in the order of these."""
-    if ascending(offsets):
-        return range(len(offsets))
-    return array("I", sorted(range(len(offsets)), key=offsets.__getitem__))
 
 
 def _add(used: Words, first: int, end: int, weight: int) -> None:

@@ -128,8 +128,8 @@ def in_order(numbers: Words) -> Words:
 def counted(numbers: Words) -> tuple[Words, Words]:
     """Each number once, sorted, and how often it is there."""
     if ascending(numbers):
-        return numbers, array("Q", [1]) * len(numbers)
-    unique, times = array("Q"), array("Q")
+        return numbers, array("I", [1]) * len(numbers)
+    unique, times = array("Q"), array("I")
     for number, group in groupby(in_order(numbers)):
         unique.append(number)
         times.append(sum(1 for _ in group))
@@ -286,6 +286,11 @@ class Walk:
         nowhere = array("I", (at for at in used(words) if words[at] & (OFFSET | COPIED) == COPIED))
         self._report("contradiction", "L1 entry {} is marked as copied and leads nowhere".format, nowhere, offset, 8)
         return words, self._pointers("L1 entry", words, offset, reserved=L1_RESERVED)
+
+    @property
+    def has_snapshots(self) -> bool:
+        """Whether there are L1 tables besides the active one."""
+        return bool(self._snapshot_tables)
 
     def active_tables(self) -> tuple[Words, Words]:
         """Where the L2 tables of the active L1 table lie, sorted, and how many of its entries lead to each."""
