@@ -13,9 +13,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from tests.servers import Quiet, running
 
 UNIQUE = {"checksum": None, "os_hash_algo": None, "os_hash_value": None, "size": None, "virtual_size": None}
 
@@ -74,9 +75,7 @@ class FakeService:
 def fake_service() -> Iterator[FakeService]:
     service = FakeService()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Quiet):
         def _answer(self, status: int, body: object = None, *, raw: bytes | None = None, **headers: str) -> None:
             data = raw if raw is not None else b"" if body is None else json.dumps(body).encode()
             self.send_response(status)
@@ -97,7 +96,7 @@ def fake_service() -> Iterator[FakeService]:
             parts = urlsplit(self.path).path.removeprefix("/v2/images").strip("/").split("/")
             getattr(self, f"_{self.command.lower()}")(parts)
 
-        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _handle  # noqa: N815
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _handle
 
         def _body(self) -> bytes:
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -152,21 +151,6 @@ def fake_service() -> Iterator[FakeService]:
                 service.deleted.set()
             self._answer(204)
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, *_: object) -> None:
-            """A client that hangs up is no error of the server's."""
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        service.address = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield service
-        finally:
-            server.shutdown()
-            thread.join()
+    with running(Handler) as address:
+        service.address = f"http://{address}"
+        yield service

@@ -6,13 +6,13 @@ It hands out a new token for each login, which the test then makes known to Glan
 from __future__ import annotations
 
 import json
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.servers import Quiet, running
 
 USER, PASSWORD, PROJECT = "alice", "correct horse battery", "web"
 CREDENTIAL, SECRET = "21dced0fd20347869b93710d2b98aae0", "a-secret-of-an-application"
@@ -60,9 +60,7 @@ def _method(identity: Any) -> str | None:
 def keystone(image_url: str, issued: Callable[[str], None]) -> Iterator[Keystone]:
     """One whose catalog names the image service at ``image_url``."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Quiet):
         def _answer(self, status: int, body: object, **headers: str) -> None:
             data = json.dumps(body).encode()
             self.send_response(status)
@@ -90,15 +88,6 @@ def keystone(image_url: str, issued: Callable[[str], None]) -> Iterator[Keystone
             service.issued(token)
             self._answer(201, {"token": service.token()}, X_Subject_Token=token)
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        service = Keystone(f"http://127.0.0.1:{server.server_address[1]}/v3", image_url, issued)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield service
-        finally:
-            server.shutdown()
-            thread.join()
+    with running(Handler) as address:
+        service = Keystone(f"http://{address}/v3", image_url, issued)
+        yield service

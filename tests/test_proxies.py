@@ -9,7 +9,6 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,6 +22,7 @@ from imagekit.remote_file import RemoteFile
 from imagekit.remote_http import HttpOptions
 from tests.disks import noise
 from tests.oracles import need_tool
+from tests.servers import Quiet, running
 from tests.web import serve
 
 CONTENT = noise(2 * PIECE + 99, 7)
@@ -44,9 +44,7 @@ class Through:
 def proxy(port: int) -> Iterator[Through]:
     seen = Through(port)
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Quiet):
         def note(self) -> bool:
             seen.asked.append(f"{self.command} {self.path}")
             seen.authorizations.add(self.headers.get("Proxy-Authorization", ""))
@@ -83,19 +81,9 @@ def proxy(port: int) -> Iterator[Through]:
                 back.join()
             self.close_connection = True
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        seen.address = f"127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield seen
-        finally:
-            server.shutdown()
-            thread.join()
+    with running(Handler) as address:
+        seen.address = address
+        yield seen
 
 
 def pump(one: socket.socket, other: socket.socket) -> None:

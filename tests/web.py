@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.servers import Quiet, running
 
 
 @dataclass
@@ -64,9 +65,7 @@ def serve(content: bytes, **options: Any) -> Iterator[Site]:
     site = Site(content, **options)
     lock = threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Quiet):
         def do_GET(self) -> None:
             with lock:
                 number = len(site.requests)
@@ -114,26 +113,9 @@ def serve(content: bytes, **options: Any) -> Iterator[Site]:
             except OSError:
                 self.close_connection = True
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, *_: object) -> None:
-            """A client that hangs up is no error of the server's."""
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        if site.tls is not None:
-            server.socket = site.tls.wrap_socket(server.socket, server_side=True)
-        site.address = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield site
-        finally:
-            server.shutdown()
-            thread.join()
+    with running(Handler, tls=site.tls) as address:
+        site.address = f"http://{address}"
+        yield site
 
 
 # --- faults ----------------------------------------------------------------------------------------------------
