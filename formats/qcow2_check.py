@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import compress, count, repeat
-from operator import add, eq, floordiv, gt, mul, ne
+from operator import add, eq, floordiv, gt, mul, ne, rshift, sub
 from typing import TYPE_CHECKING, NamedTuple
 
 from imagekit.errors import CorruptImage, InvalidImage, UnsupportedFeature
@@ -309,7 +310,9 @@ class Counting:
         end = max(max(plain, default=0), max(map(add, table.compressed, table.lengths), default=0))
         return first // self._size, -(-end // self._size)
 
-    def _runs(self, table: L2Table, low: int = 0, high: int = MAX_DISK) -> Iterator[tuple[int, int]]:
+    def _runs(
+        self, table: L2Table, low: int = 0, high: int = MAX_DISK, *, streams: bool = True
+    ) -> Iterator[tuple[int, int]]:
         """First and last + 1 of the clusters that entries touch, each once an entry, where any are in low..high."""
         size, bits = self._size, self._header.cluster_bits
         for number, place in zip(table.counts, table.places, strict=True):
@@ -319,7 +322,7 @@ class Counting:
             yield first, first + number
             if place & size - 1:
                 yield first + 1, first + number + 1
-        for start, length in zip(table.compressed, table.lengths, strict=True):
+        for start, length in zip(table.compressed, table.lengths, strict=True) if streams else ():
             first, end = start >> bits, (start + length - 1 >> bits) + 1
             if first < high and end > low:
                 yield first, end
@@ -339,7 +342,10 @@ class Counting:
         near = array("I", (at for at, end in enumerate(self._end) if end > low and self._first[at] < high))
         for index in near:
             table, weight = self._walk.l2_table(self._tables[index]), self._weights[index]
-            for first, end in self._runs(table, low, high):
+            within = low <= self._first[index] and self._end[index] <= high
+            if within:
+                self._add_streams(used, table, low, weight)
+            for first, end in self._runs(table, low, high, streams=not within):
                 if end - first == 1 and low <= first < high:
                     used[first - low] += weight
                 else:
@@ -352,6 +358,18 @@ class Counting:
             at = max(first - low, 0)
             overlap.update(compress(count(at), map(gt, used[at : max(end - low, 0)], repeat(1))))
         return Window(low, self._stored(blocks, used, low), used, sorted(overlap), near)
+
+    def _add_streams(self, used: Words, table: L2Table, low: int, weight: int) -> None:
+        """The clusters that a table's compressed streams touch, all of which are in the window."""
+        bits = repeat(self._header.cluster_bits)
+        firsts = array("Q", map(rshift, table.compressed, bits))
+        ends = map(add, table.compressed, map(sub, table.lengths, repeat(1)))
+        lasts = array("Q", map(rshift, ends, bits))
+        for cluster, times in Counter(firsts).items():
+            used[cluster - low] += times * weight
+        for first, last in compress(zip(firsts, lasts, strict=True), map(ne, firsts, lasts)):
+            for cluster in range(first + 1, last + 1):
+                used[cluster - low] += weight
 
     def report_overlap(self, window: Window) -> None:
         self.report_clusters("overlap", window.overlap, window.low, lambda at: "metadata overlaps something else")
