@@ -113,8 +113,10 @@ if sys.platform == "win32":
             return 0
         return files_windows.clone(from_fd, offset, to_fd, target_offset, length)
 
-    def _data_ranges(fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
-        return files_windows.data_ranges(fd, offset, end)
+    def _next_data(fd: int, offset: int, end: int) -> tuple[int, int] | None:
+        for start, length in files_windows.data_ranges(fd, offset, end):
+            return start, start + length
+        return None
 
     def _allocated(info: os.stat_result) -> int:
         return info.st_size
@@ -206,23 +208,18 @@ else:
             done += count
         return done
 
-    def _data_ranges(fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
-        while offset < end:
-            try:
-                start = os.lseek(fd, offset, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:
-                    return  # a hole to the end
-                yield offset, end - offset  # cannot tell: all of it may be data
-                return
-            if start >= end:
-                return
-            try:
-                stop = min(os.lseek(fd, start, os.SEEK_HOLE), end)
-            except OSError:
-                stop = end  # the file was cut meanwhile; reading will tell
-            yield start, stop - start
-            offset = stop
+    def _next_data(fd: int, offset: int, end: int) -> tuple[int, int] | None:
+        try:
+            start = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            # A hole to the end; else it cannot tell, and all of it may be data.
+            return None if error.errno == errno.ENXIO else (offset, end)
+        if start >= end:
+            return None
+        try:
+            return start, os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError:
+            return start, end  # the file was cut meanwhile; reading will tell
 
     def _allocated(info: os.stat_result) -> int:
         return info.st_blocks * 512
@@ -242,6 +239,11 @@ def _views(buffers: tuple[Buffer, ...]) -> list[memoryview]:
 
 class LocalFile:
     """A file of this machine. Closes its descriptor; safe to share between threads."""
+
+    _last_data = (0, 0)
+    """Where the stretch of data begins and ends that was found last. Some file systems look through all of a stretch
+    to find its end, and whoever goes forward asks a hundred times for parts of one. It may be a hole by now: that
+    reads as zeros, too."""
 
     def __init__(self, fd: int, name: str) -> None:
         self.name = name
@@ -384,7 +386,19 @@ class LocalFile:
             raise self._cannot_write(error) from error
 
     def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        return _data_ranges(self._fd, offset, min(offset + length, self.size))
+        end = min(offset + length, self.size)
+        while offset < end:
+            start, stop = self._last_data
+            if not start <= offset < stop:
+                found = _next_data(self._fd, offset, end)
+                if found is None:
+                    return
+                start, stop = self._last_data = found
+            start, stop = max(start, offset), min(stop, end)
+            if stop <= start:
+                stop = end  # it changes under our hands; reading will tell
+            yield start, stop - start
+            offset = stop
 
     def fileno(self) -> int | None:
         return self._fd

@@ -321,6 +321,44 @@ def test_the_holes_of_a_file_are_no_data(tmp_path: Path) -> None:
 
 
 @posix_only
+def test_who_goes_forward_through_data_asks_the_system_once_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look for the end of a stretch can cost as much as the stretch is long."""
+    path = tmp_path / "disk"
+    path.write_bytes(noise(4 * MiB))
+    os.truncate(path, 8 * MiB)
+    asked: list[int] = []
+    seek = os.lseek
+
+    def counted(fd: int, offset: int, how: int) -> int:
+        if how == getattr(os, "SEEK_HOLE", -1):
+            asked.append(offset)
+        return seek(fd, offset, how)
+
+    monkeypatch.setattr(os, "lseek", counted)
+    with LocalFile.open_source(path) as file:
+        parts = [list(file.data_ranges(at, 65536)) for at in range(0, 8 * MiB, 65536)]
+        assert [part for part in parts if part] == [[(at, 65536)] for at in range(0, 4 * MiB, 65536)]
+        assert asked == [0]
+
+
+@posix_only
+def test_what_is_written_into_a_hole_is_data_from_then_on(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(noise(MiB))
+    os.truncate(path, 8 * MiB)
+    with LocalFile.open_for_change(path) as file:
+        assert list(file.data_ranges(0, 8 * MiB)) == [(0, MiB)]
+        file.pwrite(5 * MiB, noise(4096))
+        assert list(file.data_ranges(0, 8 * MiB)) == [(0, MiB), (5 * MiB, 4096)]
+        file.pwrite(MiB, noise(4096))
+        found = list(file.data_ranges(0, 8 * MiB))
+        assert sum(length for _, length in found) == MiB + 8192
+        assert found[-1] == (5 * MiB, 4096)
+
+
+@posix_only
 def test_a_file_cut_while_its_holes_are_looked_for_raises_nothing_of_its_own(tmp_path: Path) -> None:
     """Whoever reads the data finds out; asking for holes must not end in an untyped error."""
     path = tmp_path / "sparse"
