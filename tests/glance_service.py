@@ -131,11 +131,13 @@ def fake_service() -> Iterator[FakeService]:
                 self.connection.shutdown(2)
                 return
             data = service.stores(self._body())
-            if parts[0] not in service.images:
+            stored = service._stored(data)
+            image = service.images.get(parts[0])
+            if image is None:
                 self._answer(404, raw=b"<html><body>deleted meanwhile</body></html>")
                 return
             service.data[parts[0]] = data
-            service.images[parts[0]] |= service._stored(data)
+            image.update(stored)  # which brings nothing back that is deleted at this moment
             self._answer(204)
 
         def _patch(self, parts: list[str]) -> None:
