@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -27,31 +28,31 @@ class Digest(Protocol):
     def update(self, data: Buffer, /) -> None: ...
 
 
-class Arriving(LocalFile):
+class Arriving(LocalFile, ABC):
     """Reads wait for what is missing; safe to share between threads."""
 
+    @abstractmethod
     def need(self, offset: int, length: int) -> None:
         """Return when those bytes are here, as far as the file goes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def complete(self, *digests: Digest, control: Control | None = None) -> None:
         """Wait for all that is missing; the digests get every byte, in order, while the rest still comes.
 
         ``control`` is told instead of the one that the file was opened with.
         """
-        raise NotImplementedError
 
     def want_all(self) -> None:
         """All of it will be read sooner or later: what nobody waits for may be fetched meanwhile."""
 
     @property
+    @abstractmethod
     def all_here(self) -> bool:
         """Whether nothing is missing any more."""
-        raise NotImplementedError
 
+    @abstractmethod
     def here_from(self, offset: int) -> int:
         """How far the bytes from ``offset`` on are here without a gap."""
-        raise NotImplementedError
 
     @property
     def resumed(self) -> int:

@@ -16,7 +16,16 @@ from typing import TypeAlias
 from imagekit import copying, remote
 from imagekit.errors import UnsupportedFeature, UsageError
 from imagekit.formats import registry
-from imagekit.formats.base import SECTOR, DiskFormat, DiskImage, File, OpenOptions, ParentLink, WriterOptions
+from imagekit.formats.base import (
+    SECTOR,
+    DiskFormat,
+    DiskImage,
+    EncodedLayout,
+    File,
+    OpenOptions,
+    ParentLink,
+    WriterOptions,
+)
 from imagekit.formats.files import LocalFile
 from imagekit.pictures import occupancy
 from imagekit.plan import ConversionPlan, ConvertOptions, FoundBlocks, build_plan, draft_plan, target_size
@@ -154,40 +163,53 @@ def planned(
             child = target or Path("child")
             link = link_to(parent.image, Path(options.parent or ""), child, options.parent_map)
         with located(opened.file):
-            size, notes = _disk_size(opened.image, options)
-            image, more = _with_gpt(opened.image, size, fix=options.fix_gpt)
-            asked_of_writer, notes = writer_options(options, link), notes + more
-            if writing and _as_it_comes(opened, options):
-                plan = draft_plan(image, opened.format, chosen.name, asked_of_writer, size, notes)
-                found = FoundBlocks(image, plan, options.limits, control)
-                conversion = PlannedConversion(opened, image, plan, found=found)
-            else:
-                plan = build_plan(
-                    image,
-                    source_format=opened.format,
-                    target_format=chosen.name,
-                    options=asked_of_writer,
-                    virtual_size=size,
-                    notes=notes,
-                    parent=None if parent is None else parent.image,
-                    limits=options.limits,
-                    jobs=options.jobs,
-                    control=control,
-                )
-                options.limits.check("output_bytes", bytes_to_write(plan, options), "the target would take")
-                conversion = PlannedConversion(opened, image, plan, parent)
+            conversion = _decided(opened, chosen, options, parent, link, writing=writing, control=control)
         yield conversion
         if opened.opened is not None and opened.opened.proof is not None:
             opened.opened.proof.settle()  # also of what only measured or planned
             opened.opened.forget()
 
 
+def _decided(
+    source: Source,
+    chosen: DiskFormat,
+    options: ConvertOptions,
+    parent: Source | None,
+    link: ParentLink | None,
+    *,
+    writing: bool,
+    control: Control,
+) -> PlannedConversion:
+    """The plan, or, where the copy is not to wait for the rest of the source, its draft."""
+    size, notes = _disk_size(source.image, options)
+    image, more = _with_gpt(source.image, size, fix=options.fix_gpt)
+    asked, notes = writer_options(options, link), notes + more
+    if writing and _as_it_comes(source, options):
+        draft = draft_plan(image, source.format, chosen.name, asked, size, notes)
+        if not isinstance(draft.layout(), EncodedLayout):  # which encodes whole blocks of a whole plan
+            return PlannedConversion(source, image, draft, found=FoundBlocks(image, draft, options.limits, control))
+    plan = build_plan(
+        image,
+        source_format=source.format,
+        target_format=chosen.name,
+        options=asked,
+        virtual_size=size,
+        notes=notes,
+        parent=None if parent is None else parent.image,
+        limits=options.limits,
+        jobs=options.jobs,
+        control=control,
+    )
+    options.limits.check("output_bytes", bytes_to_write(plan, options), "the target would take")
+    return PlannedConversion(source, image, plan, parent)
+
+
 def _as_it_comes(source: Source, options: ConvertOptions) -> bool:
     """Whether to copy while the rest of the source still arrives, instead of planning all of it first.
 
-    What is to be encoded, to be made room for, or compared with a parent, is planned first.
+    What is to be made room for, or compared with a parent, is planned first.
     """
-    if options.dry_run or options.preallocate or options.parent is not None or options.compression is not None:
+    if options.dry_run or options.preallocate or options.parent is not None:
         return False
     coming = remote.arriving(source.file)
     return coming is not None and not coming.all_here

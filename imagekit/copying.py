@@ -93,13 +93,16 @@ def copy_image(
     ``found`` gives the blocks of a draft (imagekit.plan.FoundBlocks), which are copied as they are found.
     """
     layout = plan.layout()
-    counter, total = _Counter(), plan.data_bytes if found is None else 0
+    counter, total = _Counter(), plan.data_bytes
     jobs = jobs or usable_cores()
     if found is None:
         target.truncate(plan.file_size)
 
     def tick() -> None:
-        control.tell("copy", counter.chunks if total else counter.reached, total or plan.source_virtual_size)
+        if found is None:
+            control.tell("copy", counter.chunks, total)
+        else:
+            control.tell("copy", counter.reached, plan.source_virtual_size)
 
     if isinstance(layout, EncodedLayout):
         _copy_encoded(plan, layout, image, target, counter, jobs=jobs, control=control, tick=tick)

@@ -290,6 +290,7 @@ class FoundBlocks:
         self._probe = _Probe(image, 1, replace(control, callback=None), together=1)
         self._runs: list[tuple[int, int]] = []
         self._known = 0
+        self._complete = False
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """(first, count) in order, neighbours not joined; UnsafeImage when they are more than the limits allow."""
@@ -302,6 +303,7 @@ class FoundBlocks:
             total += min(end * size, self._image.virtual_size) - first * size
             self._limits.check("output_bytes", total, "the target would take")
             yield first, end - first
+        self._complete = True
 
     def _note(self, first: int, end: int) -> None:
         if self._runs and self._known == first:
@@ -312,7 +314,9 @@ class FoundBlocks:
         self._known = end
 
     def plan(self) -> ConversionPlan:
-        """The plan that was carried out meanwhile."""
+        """The plan that was carried out meanwhile. RuntimeError when that was not gone through to its end."""
+        if not self._complete:
+            raise RuntimeError("the blocks of a draft are not all found yet")
         return self._plan.with_blocks(tuple((first, end - first) for first, end in self._runs))
 
 

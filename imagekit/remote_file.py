@@ -31,8 +31,7 @@ RUN = 8
 AHEAD = 64
 """Pieces fetched ahead of a reader that goes forward."""
 BURST = 256 << 10
-"""What came is written when it is this much, at a multiple of it: the page cache then holds it in large parts, and
-whoever reads them, and who lets go of them in the end, takes a third of the time."""
+"""What came is written when it is this much, at a multiple of it: the page cache then holds it in large parts."""
 NEAR = 4
 """Pieces that a reader may skip, or go back, and still goes forward."""
 CONNECTIONS = 4
@@ -72,28 +71,31 @@ class Origin(Protocol):
 
 
 class _Bursts:
-    """Bytes that come one after the other, written in parts that end at multiples of BURST, and at ``end``."""
+    """Bytes that come one after the other, written in parts that end at multiples of BURST, and at ``end``.
 
-    def __init__(self, at: int, end: int, write: Callable[[int, list[memoryview]], object]) -> None:
-        self._at = self._written = at
+    Gathered in one buffer: a server may send them one by one.
+    """
+
+    def __init__(self, at: int, end: int, write: Callable[[int, bytearray], None]) -> None:
+        self._written = at
         self._end = end
         self._write = write
-        self._waiting: list[memoryview] = []
+        self._waiting = bytearray()
 
     def add(self, data: bytes) -> None:
         view = memoryview(data)
         while view:
-            edge = min(self._end, self._at // BURST * BURST + BURST)
-            part, view = view[: edge - self._at], view[edge - self._at :]
-            self._waiting.append(part)
-            self._at += len(part)
-            if self._at == edge:
+            room = min(self._end, self._written // BURST * BURST + BURST) - self._written - len(self._waiting)
+            self._waiting += view[:room]
+            if len(view) >= room:
                 self.flush()
+            view = view[room:]
 
     def flush(self) -> None:
         if self._waiting:
             self._write(self._written, self._waiting)
-        self._written, self._waiting = self._at, []
+        self._written += len(self._waiting)
+        self._waiting = bytearray()
 
 
 class RemoteFile(Arriving):
@@ -236,15 +238,12 @@ class RemoteFile(Arriving):
             if self._kept is not None:
                 self._kept.note(0)
 
-    def _store(self, at: int, parts: list[memoryview]) -> int:
-        """Write the parts one after the other; returns how many bytes they are."""
-        length = sum(map(len, parts))
+    def _store(self, at: int, data: bytearray) -> None:
         with self._changed:  # after close() the descriptor may be another file's
             if self._closed:
                 raise SourceError("closed while it was fetched", path=self.name)
-            LocalFile.pwrite(self, at, *parts)
-            self._fetched += length
-        return length
+            LocalFile.pwrite(self, at, data)
+            self._fetched += len(data)
 
     def _start(self) -> None:
         if not self._threads:
@@ -294,9 +293,9 @@ class RemoteFile(Arriving):
     def _fetch(self, run: range) -> None:
         start, end = run.start * PIECE, min(run.stop * PIECE, self._size)
 
-        def write(at: int, parts: list[memoryview]) -> None:
-            stop = at + self._store(at, parts)
-            self._mark(run.start, at, stop)
+        def write(at: int, data: bytearray) -> None:
+            self._store(at, data)
+            self._mark(run.start, at, at + len(data))
 
         bursts = _Bursts(start, end, write)
         self._resource.fetch(start, end - start, lambda _, data: bursts.add(data))

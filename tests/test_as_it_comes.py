@@ -12,11 +12,13 @@ import pytest
 from imagekit.arriving import PIECE, Arriving, Digest
 from imagekit.conversion import convert_image
 from imagekit.errors import SourceError, UnsafeImage
-from imagekit.formats.base import MiB
+from imagekit.formats.base import MiB, WriterOptions
+from imagekit.formats.files import MemoryFile
+from imagekit.formats.raw import RawImage
 from imagekit.limits import Limits
-from imagekit.plan import ConvertOptions
+from imagekit.plan import ConvertOptions, FoundBlocks, draft_plan
 from imagekit.progress import Control, Progress
-from imagekit.remote_file import BURST, RemoteFile
+from imagekit.remote_file import BURST, RemoteFile, _Bursts
 from tests.disks import noise
 from tests.web import serve
 
@@ -85,6 +87,33 @@ def test_the_target_is_that_of_a_local_source(tmp_path: Path, kind: str, target:
         report = convert_image(site.url, tmp_path / f"remote.{target}", asked)
     assert (tmp_path / f"remote.{target}").read_bytes() == (tmp_path / f"local.{target}").read_bytes()
     assert (report.data_bytes, report.target_size) == (expected.data_bytes, expected.target_size)
+
+
+def test_what_is_encoded_is_planned_first(tmp_path: Path) -> None:
+    source = stored(tmp_path, "raw")
+    asked = options(compression="zlib", source_format="raw")
+    convert_image(source, tmp_path / "local.qcow2", asked)
+    with serve(source.read_bytes()) as site:
+        convert_image(site.url, tmp_path / "remote.qcow2", asked)
+    assert (tmp_path / "remote.qcow2").read_bytes() == (tmp_path / "local.qcow2").read_bytes()
+
+
+def test_a_draft_whose_blocks_were_not_all_found_is_no_plan() -> None:
+    image = RawImage(MemoryFile(GUEST), SIZE)
+    draft = draft_plan(image, "raw", "vhd", WriterOptions(IDENTIFIER), SIZE)
+    found = FoundBlocks(image, draft, Limits(), Control())
+    next(iter(found))
+    with pytest.raises(RuntimeError, match="not all found"):
+        found.plan()
+
+
+def test_bytes_that_come_one_by_one_take_one_write(tmp_path: Path) -> None:
+    written: list[tuple[int, bytes]] = []
+    bursts = _Bursts(PIECE, PIECE + BURST + 3, lambda at, data: written.append((at, bytes(data))))
+    content = noise(BURST + 3)
+    for byte in range(len(content)):
+        bursts.add(content[byte : byte + 1])
+    assert written == [(PIECE, content[:BURST]), (PIECE + BURST, content[BURST:])]
 
 
 @pytest.mark.parametrize("subformat", ["dynamic", "fixed"])
@@ -156,10 +185,9 @@ def test_what_comes_is_written_in_aligned_parts(tmp_path: Path, monkeypatch: pyt
     written: list[tuple[int, int]] = []
     store = RemoteFile._store
 
-    def noted(self: RemoteFile, at: int, parts: list[memoryview]) -> int:
-        length = store(self, at, parts)
-        written.append((at, length))
-        return length
+    def noted(self: RemoteFile, at: int, data: bytearray) -> None:
+        store(self, at, data)
+        written.append((at, len(data)))
 
     monkeypatch.setattr(RemoteFile, "_store", noted)
     content = noise(3 * PIECE + 4321, 5)
