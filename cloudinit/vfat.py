@@ -9,7 +9,7 @@ Every name that is not plain 8.3 in capitals has a long name, exact in its lette
 and layout give the same bytes: files lie in the order of their paths, unbroken, and the ids of volume and disk are
 made of the content, so that two guests' drives differ in them.
 
-Not here: FAT32, GPT, changing what exists. `imagekit.fat` reads, also what others wrote.
+Not here: FAT32, GPT, changing what exists. `imagekit.contents.fat` reads, also what others wrote.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from imagekit.plan import ConvertOptions
 from imagekit.profiles import apply_profile
 from imagekit.progress import Callback, Control
 from imagekit.records import replace
-from imagekit.remote import file_name, is_elsewhere, is_fetched, is_glance
+from imagekit.remote.addresses import file_name, is_elsewhere, is_fetched, is_glance
 from imagekit.report import SCHEMA, Report
 from imagekit.results import CheckResult, Comparison, Inspection
 from imagekit.sources import Reading, located, open_source
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from imagekit.bundle import Bundle, ConfigDrive
     from imagekit.cloudinit.model import GuestProfile
     from imagekit.cloudinit.tree import Datasource
+    from imagekit.contents.drive_check import DriveCheck
+    from imagekit.contents.readiness import Readiness
     from imagekit.disks import DiskReport
-    from imagekit.drive_check import DriveCheck
     from imagekit.guest import SpecLike
     from imagekit.launch.launcher import LaunchPlan
     from imagekit.launch.qemu_command import NicChoice
     from imagekit.launch.result import BootResult, Evidence
-    from imagekit.readiness import Readiness
 
 PathLike = str | os.PathLike[str]
 
@@ -66,11 +66,11 @@ def info(
 
     ``options`` as in :func:`open_image`; with ``follow_references`` the whole chain is opened and judged. ``deep``
     also judges what only a pass over all tables can show. With ``confined``, the default for what comes over a
-    network, a process that can do nothing else reads the image (imagekit.confined).
+    network, a process that can do nothing else reads the image (imagekit.confinement.jobs).
     """
     asked = replace(reading_options(format, options), confined=confined)
     if asked.is_confined(elsewhere=is_elsewhere(image)):
-        from imagekit import confined as confinement
+        from imagekit.confinement import jobs as confinement
 
         if confinement.POSSIBLE:
             control = Control(cancel=cancel)
@@ -103,12 +103,12 @@ def readiness(
 
     ``confined`` as in :func:`info`.
     """
-    from imagekit.looking import as_seen
-    from imagekit.readiness import check_readiness
+    from imagekit.contents.looking import as_seen
+    from imagekit.contents.readiness import check_readiness
 
     asked = replace(reading_options(format, options), confined=confined)
     if asked.is_confined(elsewhere=is_elsewhere(image)):
-        from imagekit import confined as confinement
+        from imagekit.confinement import jobs as confinement
 
         if confinement.POSSIBLE:
             with at_hand(image, asked) as here, here.blamed():
@@ -403,7 +403,7 @@ def check_config_drive(
     It is judged for a ``guest``, by default Linux, and for the machine of the bundle or machine.json ``machine_of``.
     With ``strict`` what the guest would only stumble over is wrong, too.
     """
-    from imagekit.drive_check import check_drive
+    from imagekit.contents.drive_check import check_drive
     from imagekit.machine import Machine
 
     machine = None if machine_of is None else Machine.load(machine_of)
@@ -444,7 +444,7 @@ def prepare(
     Keywords are fields of the spec (``name``, ``hostname``, ``uuid``, ``ssh_keys``, ``user_data``, ``password``,
     ``network``, ``mac``, ``machine``, ``meta``) and of the conversion (``size``, ``source_format``, ``verify``,
     which is ``"content"`` unless said otherwise, …). What an image's properties in Glance say about the machine holds
-    as far as nothing else is asked for (imagekit.glance_properties), unless ``ignore_properties``.
+    as far as nothing else is asked for (imagekit.glance.properties), unless ``ignore_properties``.
     """
     from imagekit.bundle import hand_over, prepare_bundle
     from imagekit.cloudinit.render import Rendering
@@ -456,7 +456,7 @@ def prepare(
     packing = Packing.choose(media, disk, partition)
     decided = None
     if is_glance(image):
-        from imagekit import glance_properties
+        from imagekit.glance import properties as glance_properties
 
         found = glance_properties.look_up(image, options)
         kind = None if ignore_properties else glance_properties.default_guest(found)

@@ -17,21 +17,21 @@ from imagekit.cloudinit.lint import MachineLike, enforce, judge
 from imagekit.cloudinit.passwords import encrypt_password
 from imagekit.cloudinit.render import Rendering
 from imagekit.cloudinit.tree import Datasource, MetadataTree
+from imagekit.contents.firmware import Choice, choose
+from imagekit.contents.looking import Seen, as_seen, look
+from imagekit.contents.readiness import Readiness
 from imagekit.conversion import at_hand, convert_image, reading
 from imagekit.digests import file_digest
 from imagekit.errors import TargetError, UnsupportedFeature, UsageError
-from imagekit.firmware import Choice, choose
 from imagekit.formats.base import GiB
 from imagekit.guest import Guest
-from imagekit.looking import Seen, as_seen, look
 from imagekit.machine import FILE_NAME, Machine
 from imagekit.media import Packing, pack
 from imagekit.plan import ConvertOptions
 from imagekit.progress import SILENT, Control
 from imagekit.publish import check_target, write_file
-from imagekit.readiness import Readiness
 from imagekit.records import dataclass, replace
-from imagekit.remote import Opened, is_elsewhere
+from imagekit.remote.addresses import Opened, is_elsewhere
 from imagekit.report import SCHEMA, Report
 from imagekit.sources import Source, located, open_source
 
@@ -188,7 +188,7 @@ def prepare_bundle(
 
     The disk is ``NAME.vhd`` for generation 1 and ``NAME.vhdx`` for generation 2, the config drive
     ``NAME-config.iso`` or what ``packing`` says (None: there is none); VFAT comes in a disk like the machine's.
-    What :mod:`imagekit.readiness` finds missing is a warning; ``strict`` makes it UnsupportedFeature.
+    What :mod:`imagekit.contents.readiness` finds missing is a warning; ``strict`` makes it UnsupportedFeature.
     """
     if options.dry_run or options.overwrite:
         raise UsageError("a bundle is always written, and always new", hint="choose another folder")
@@ -235,7 +235,7 @@ def _looked_into(
 ) -> Iterator[tuple[Source | Opened, Seen]]:
     """The image, and what a look at its disk tells; in a confined process where the conversion is to be in one."""
     if options.is_confined(elsewhere=is_elsewhere(image)):
-        from imagekit import confined
+        from imagekit.confinement import jobs as confined
 
         if confined.POSSIBLE:
             with at_hand(image, options, scratch=folder, control=control) as here, here.blamed():

@@ -27,7 +27,7 @@ from imagekit.adopt import adopt
 from imagekit.batch.tasks import perform
 from imagekit.errors import Cancelled, ImagekitError, UsageError
 from imagekit.formats.base import JSON, MiB
-from imagekit.glance_import import import_image
+from imagekit.glance.importing import import_image
 from imagekit.progress import Callback, Progress
 
 STEP = 0.2
@@ -97,7 +97,7 @@ def main() -> int:
     say("started")
     many = MANY in sys.argv[1:]
     if many:
-        from imagekit import confined_start
+        from imagekit.confinement import start as confined_start
 
         confined_start.prepare()
     code = 0

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-from imagekit import copying, remote
+from imagekit import copying
 from imagekit.errors import UnsupportedFeature, UsageError
 from imagekit.formats import registry
 from imagekit.formats.base import (
@@ -33,6 +33,7 @@ from imagekit.progress import SILENT, Control
 from imagekit.publish import Pending, check_space, check_target, finish, new_file
 from imagekit.records import dataclass, replace
 from imagekit.references import MAX_DEPTH, Following, link_to
+from imagekit.remote import addresses
 from imagekit.report import Report
 from imagekit.sources import OPENER, Opener, Reading, Source, chain_too_long, located, open_source
 from imagekit.sums import Sums
@@ -41,7 +42,7 @@ from imagekit.verify import verify_content, verify_structure
 DEFAULTS = ConvertOptions()
 NOT_CONFINED = "not confined: that needs Linux; the image was read in this process"
 Maps: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
-AnySource: TypeAlias = "str | os.PathLike[str] | Source | LocalFile | remote.Opened"
+AnySource: TypeAlias = "str | os.PathLike[str] | Source | LocalFile | addresses.Opened"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ def convert_image(
 
     A source that is open already stays open; a :class:`Source` was opened as :func:`reading` says. With
     ``options.confined`` (the default for what comes over a network) nothing of the image is parsed in this process
-    (imagekit.confined). Raises the error of whichever step failed; then no target exists, and an old one is
+    (imagekit.confinement.jobs). Raises the error of whichever step failed; then no target exists, and an old one is
     untouched.
     """
     started = time.monotonic()
@@ -97,9 +98,9 @@ def convert_image(
     file = source.original if isinstance(source, Source) else source
     name = os.fspath(file) if isinstance(file, (str, os.PathLike)) else file.name
     target_path = check_target(target, overwrite=options.overwrite, source=name)
-    wanted = options.is_confined(elsewhere=remote.is_elsewhere(file))
+    wanted = options.is_confined(elsewhere=addresses.is_elsewhere(file))
     if wanted:
-        from imagekit import confined
+        from imagekit.confinement import jobs as confined
 
         if confined.POSSIBLE:
             with at_hand(file, options, scratch=target_path.parent, control=control) as here, here.blamed():
@@ -150,7 +151,7 @@ def planned(
             scratch = None if target is None else target.parent
             asked = reading(options, scratch=scratch, deep=True, later=True)
             asked = replace(asked, opener=opener, whole=writing and not options.dry_run)
-            file = source.file if isinstance(source, remote.Opened) else source
+            file = source.file if isinstance(source, addresses.Opened) else source
             file = file.again() if type(file) is LocalFile else file
             opened = stack.enter_context(open_source(file, asked, control=control))
         if opened.opened is not None:
@@ -211,30 +212,30 @@ def _as_it_comes(source: Source, options: ConvertOptions) -> bool:
     """
     if options.dry_run or options.preallocate or options.parent is not None:
         return False
-    coming = remote.arriving(source.file)
+    coming = addresses.arriving(source.file)
     return coming is not None and not coming.all_here
 
 
 @contextmanager
 def at_hand(
-    source: str | os.PathLike[str] | LocalFile | remote.Opened,
+    source: str | os.PathLike[str] | LocalFile | addresses.Opened,
     options: ConvertOptions,
     *,
     scratch: Path | None = None,
     control: Control = SILENT,
-) -> Iterator[remote.Opened]:
+) -> Iterator[addresses.Opened]:
     """The source as a confined process can take it, and its checksum taken, by this one.
 
     Whoever makes something of it calls ``settle`` before that has a name.
     """
     if isinstance(source, LocalFile):
-        yield remote.Opened(source, (), source.identity)
+        yield addresses.Opened(source, (), source.identity)
         return
-    if isinstance(source, remote.Opened):
+    if isinstance(source, addresses.Opened):
         yield source  # whose owner closes it
         return
     access, following = reading(options).access, options.follow_references
-    opened = remote.open_named(source, access, folder=scratch, following=following, later=True, control=control)
+    opened = addresses.open_named(source, access, folder=scratch, following=following, later=True, control=control)
     try:
         yield opened
         opened.settle()
@@ -266,9 +267,9 @@ def reading(
     )
 
 
-def access_to(options: ConvertOptions) -> remote.Access:
+def access_to(options: ConvertOptions) -> addresses.Access:
     """How what lies elsewhere may be reached."""
-    return remote.Access(
+    return addresses.Access(
         redirect_hosts=options.redirect_hosts,
         timeout=options.http_timeout,
         checksum=options.checksum,
@@ -331,7 +332,7 @@ def writer_options(options: ConvertOptions, parent: ParentLink | None = None) ->
 
 
 def _may_have_gpt(head: bytes) -> bool:
-    """Whether it is worth loading imagekit.gpt: a GPT's signature behind a sector of 512 or 4096, or a type EE."""
+    """Whether it is worth loading contents.gpt: a GPT's signature behind a sector of 512 or 4096, or a type EE."""
     return b"EFI PART" in (head[512:520], head[4096:]) or 0xEE in head[450:510:16]
 
 
@@ -339,8 +340,8 @@ def _with_gpt(image: DiskImage, size: int, *, fix: bool) -> tuple[DiskImage, tup
     """The disk with its GPT's backup header in the last sector, or what to say where it is elsewhere."""
     if not _may_have_gpt(image.pread(0, 4104)):
         return image, ()
-    from imagekit import gpt
-    from imagekit.patched import PatchedImage
+    from imagekit.contents import gpt
+    from imagekit.contents.patched import PatchedImage
 
     found = gpt.find(image)
     if found is None:
@@ -465,8 +466,8 @@ def _verify_by_qemu_img(conversion: PlannedConversion, pending: Pending, options
     from imagekit import qemu_img
 
     path = pending.part or _by_descriptor(pending.file)
-    remote.complete(source.file)
-    nameless = source.wrappers or remote.is_fetched(source.file)
+    addresses.complete(source.file)
+    nameless = source.wrappers or addresses.is_fetched(source.file)
     origin = _by_descriptor(source.file) if nameless else source.file.name
     qemu_img.compare(origin, plan.source_format, path, plan.target_format)
 

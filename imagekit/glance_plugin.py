@@ -11,7 +11,7 @@ glance-image-import.conf names it::
 
 It fails closed: whatever is refused, is damaged, takes too long or crashes ends the import, the image goes back to
 ``queued``, and neither the upload nor a half-written disk is left. Nothing of an image is parsed in Glance's own
-process (imagekit.glance_import).
+process (imagekit.glance.importing).
 
 Plugins run for imports only; what a user uploads without one (``PUT …/file``) does not come here. Needs what Glance
 brings: oslo.config, oslo.log and taskflow. This module is imported by nothing but Glance.
@@ -33,7 +33,7 @@ from taskflow.patterns import linear_flow
 
 from imagekit.child import Child
 from imagekit.errors import ImagekitError, UnsupportedFeature
-from imagekit.glance import FORMATS
+from imagekit.glance.client import FORMATS
 from imagekit.limits import Limits
 
 GROUP = "imagekit_conversion"

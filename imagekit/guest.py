@@ -18,7 +18,7 @@ from imagekit.cloudinit.passwords import generate_password as make_password
 from imagekit.errors import InvalidSpec, UsageError
 from imagekit.machine import Nic
 from imagekit.records import dataclass
-from imagekit.remote import file_name
+from imagekit.remote.addresses import file_name
 
 SEED_SIZE = 512
 """Bytes of a random seed, as many as Nova gives."""

@@ -5,7 +5,7 @@ formats can describe and stop what only an attack, or a mistake, would need; a s
 
 The virtual size is judged when an image is opened (imagekit.policy), memory when tables and plan are (formats,
 imagekit.plan), output before the first byte is written, time at every look at the caller's wishes
-(imagekit.progress). A confined run (imagekit.confined) is held to the same numbers by the kernel.
+(imagekit.progress). A confined run (imagekit.confinement.jobs) is held to the same numbers by the kernel.
 """
 
 from __future__ import annotations

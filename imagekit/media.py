@@ -19,8 +19,8 @@ from uuid import UUID
 from imagekit.cloudinit.iso import verify_iso, write_iso
 from imagekit.cloudinit.medium import check_size
 from imagekit.cloudinit.vfat import MIN_VOLUME, write_vfat
+from imagekit.contents.drives import read_volumes
 from imagekit.copying import copy_image
-from imagekit.drives import read_volumes
 from imagekit.errors import ImagekitError, UnsupportedFeature, UsageError, VerificationFailed
 from imagekit.formats import registry
 from imagekit.formats.base import MiB, WriterOptions, round_up

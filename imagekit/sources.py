@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from imagekit import policy, remote
+from imagekit import policy
 from imagekit.errors import CorruptImage, ImagekitError, InvalidImage, SourceError, UnsafeImage, UnsupportedFeature
 from imagekit.formats import registry
 from imagekit.formats.base import AS_IS, DiskFormat, DiskImage, File, OpenOptions, Reference, Resolver
@@ -24,6 +24,7 @@ from imagekit.limits import Limits
 from imagekit.progress import SILENT, Control
 from imagekit.records import dataclass, replace
 from imagekit.references import MAX_DEPTH, Following, check_identity, find
+from imagekit.remote import addresses
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Source:
     wrappers: tuple[str, ...] = ()
     """What it was packed with, the outermost first."""
 
-    opened: remote.Opened | None = None
+    opened: addresses.Opened | None = None
     """How ``original`` was opened, with the proof that may be pending."""
 
     @property
@@ -131,7 +132,7 @@ class Reading:
     opener: Opener = OPENER
     deep: bool = False
     """Also look at all tables: what lies on something else, leads out of the file, or is there more than once."""
-    access: remote.Access = remote.NO_ACCESS
+    access: addresses.Access = addresses.NO_ACCESS
     """How a source that is an address may be reached."""
 
     stated: str | None = None
@@ -156,9 +157,9 @@ def open_source(
     """Open, unpack if need be, recognise and judge. A file that is open already belongs to the source from now on."""
     reading = reading or Reading()
     if isinstance(path, LocalFile):
-        opened = remote.Opened(path, (), path.identity)
+        opened = addresses.Opened(path, (), path.identity)
     else:
-        opened = remote.open_named(
+        opened = addresses.open_named(
             path,
             reading.access,
             folder=reading.scratch,
@@ -192,7 +193,7 @@ def _check_stated(source: Source, reading: Reading, stated: str | None) -> None:
 def _recognised(file: LocalFile, reading: Reading, control: Control) -> Source:
     name = reading.declared
     if name is not None and not registry.is_known(name) and _read_by_qemu_img(name):
-        remote.complete(file)
+        addresses.complete(file)
         return _through_qemu_img(file, name, reading, control)
     # Bytes declared raw are taken as they are, whatever they look like.
     if name != "raw" and _is_packed(file):
@@ -201,13 +202,13 @@ def _recognised(file: LocalFile, reading: Reading, control: Control) -> Source:
 
 
 def _is_packed(file: LocalFile) -> bool:
-    """Whether imagekit.wrappers knows what it is packed with. That module is loaded only where it may."""
+    """Whether imagekit.wrappers.unwrap knows what it is packed with. That module is loaded only where it may."""
     head = file.pread(0, 262)
     if head[:2] not in _PACKED and head[1:4] != _ZSTD_SKIPPABLE and head[257:] != b"ustar":
         return False
-    from imagekit import wrappers
+    from imagekit.wrappers import unwrap
 
-    return wrappers.detect(file) is not None
+    return unwrap.detect(file) is not None
 
 
 _PACKED = (b"\x1f\x8b", b"\xfd7", b"BZ", b"PK", b"\x28\xb5")
@@ -223,13 +224,11 @@ def _read_by_qemu_img(name: str) -> bool:
 
 
 def _unpacked(file: LocalFile, reading: Reading, control: Control) -> Source:
-    from imagekit import wrappers
+    from imagekit.wrappers import unwrap
 
     identity = file.identity
     with located(file):
-        inside = wrappers.unwrap(
-            file, make=lambda name: reading.opener.scratch(reading.scratch, name), control=control
-        )
+        inside = unwrap.unwrap(file, make=lambda name: reading.opener.scratch(reading.scratch, name), control=control)
     try:
         source = _judged(inside.file, reading, control)
     except BaseException:
@@ -280,7 +279,7 @@ def _judged(file: LocalFile, reading: Reading, control: Control, above: tuple[Fi
     findings += policy.judge_limits(stated, reading.limits)
     reading.enforce(findings, file)
     if reading.whole:
-        remote.want_all(file)
+        addresses.want_all(file)
     if reading.deep:
         findings += _structure(chosen, file, image, control, refuse=reading.allow is not None)
         reading.enforce(findings, file)

@@ -1,7 +1,7 @@
 """Running an outside program on a file of unknown origin: little to use, little to see, and an end to it.
 
 The program gets no environment, no terminal, no input, limits on what it may use and, on Linux, a sandbox
-(tool_confine.py). It is killed at a time-out, on cancel, before the medium is full, and with us.
+(rights.py). It is killed at a time-out, on cancel, before the medium is full, and with us.
 
 Windows has none of the limits and no sandbox, macOS some of the limits and no sandbox.
 """
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from imagekit import tool_confine
+from imagekit.confinement import rights
 from imagekit.errors import TargetError, ToolError
 from imagekit.formats.base import GiB, KiB, MiB, TiB
 from imagekit.progress import INTERVAL, SILENT, Control
@@ -138,7 +138,7 @@ def _confined(command: Sequence[str], limits: ToolLimits, read_fds: Sequence[int
         "read_fds": list(read_fds),
         "writes": ["/dev/null", *([] if write is None else [str(write)])],
     }
-    return [sys.executable, "-I", "-S", tool_confine.__file__, json.dumps(settings), *command]
+    return [sys.executable, "-I", "-S", rights.__file__, json.dumps(settings), *command]
 
 
 def _folders_of(program: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The library's way to Glance: an image file, or a conversion, as ``glance:NAME`` (imagekit.glance_upload)."""
+"""The library's way to Glance: an image file, or a conversion, as ``glance:NAME`` (imagekit.glance.upload)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from imagekit import api
 from imagekit.conversion import access_to, target_format
 from imagekit.errors import UsageError
-from imagekit.glance_upload import Destination, Upload, UploadOptions, fixed_vhd
+from imagekit.glance.upload import Destination, Upload, UploadOptions, fixed_vhd
 from imagekit.plan import ConvertOptions
 from imagekit.profiles import apply_profile
 from imagekit.progress import Callback, Control
@@ -37,7 +37,7 @@ def upload(
     """Send an image file to Glance as ``glance:NAME``; active with our hash afterwards, or not there.
 
     min_disk and the properties for Hyper-V come from a look at the disk. ``options`` are the fields of
-    :class:`~imagekit.glance_upload.UploadOptions` (``properties`` win over what was found, an empty one is left out),
+    :class:`~imagekit.glance.upload.UploadOptions` (``properties`` win over what was found, an empty one is left out),
     and those of :func:`imagekit.open_image`, with ``glance_url`` or ``os_cloud`` for where.
     """
     asked = _taken(options)

@@ -10,7 +10,7 @@ import pytest
 from imagekit.cloudinit.configdrive import config_drive_tree
 from imagekit.cloudinit.model import parse_spec
 from imagekit.cloudinit.vfat import PARTITION_START
-from imagekit.drive_check import check_drive
+from imagekit.contents.drive_check import check_drive
 from imagekit.media import Packing, pack
 from tests.cloudinit_specs import FULL
 from tests.oracles import cloud_init, need_tool

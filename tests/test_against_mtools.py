@@ -11,8 +11,8 @@ import pytest
 from fixtures import efi_disks
 from fixtures.efi_disks import ESP, MIB, SECTOR, UEFI_CA, gpt_disk, loader
 from imagekit import api
-from imagekit.fat import Fat
-from imagekit.firmware import find_loader
+from imagekit.contents.fat import Fat
+from imagekit.contents.firmware import find_loader
 from tests.oracles import need_tool
 
 pytestmark = pytest.mark.oracle

@@ -10,7 +10,7 @@ import pytest
 
 from imagekit.errors import UnsupportedFeature
 from imagekit.formats.files import LocalFile
-from imagekit.wrappers import unwrap
+from imagekit.wrappers.unwrap import unwrap
 from tests.disks import md5, noise, text
 from tests.oracles import need_tool
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from fixtures.gpt_disks import SYSTEM, Part, Recipe, make
-from imagekit import gpt
+from imagekit.contents import gpt
+from imagekit.contents.patched import PatchedImage
 from imagekit.formats.files import LocalFile
 from imagekit.formats.raw import RawImage
-from imagekit.patched import PatchedImage
 from tests.oracles import need_tool
 
 pytestmark = pytest.mark.oracle

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from imagekit.arriving import PIECE, Arriving, Digest
 from imagekit.conversion import convert_image
 from imagekit.errors import SourceError, UnsafeImage
 from imagekit.formats.base import MiB, WriterOptions
@@ -18,7 +17,8 @@ from imagekit.formats.raw import RawImage
 from imagekit.limits import Limits
 from imagekit.plan import ConvertOptions, FoundBlocks, draft_plan
 from imagekit.progress import Control, Progress
-from imagekit.remote_file import BURST, RemoteFile, _Bursts
+from imagekit.remote.arriving import PIECE, Arriving, Digest
+from imagekit.remote.file import BURST, RemoteFile, _Bursts
 from tests.disks import noise
 from tests.web import serve
 

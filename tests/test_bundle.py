@@ -14,7 +14,7 @@ import imagekit
 from fixtures.efi_disks import ESP, UEFI_CA, WINDOWS_CA, Fat, gpt_disk, loader
 from imagekit import bundle as bundle_module
 from imagekit.cloudinit.iso import read_iso
-from imagekit.drives import read_drive
+from imagekit.contents.drives import read_drive
 from imagekit.errors import (
     Cancelled,
     ImagekitError,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import imagekit
-from imagekit.checksums import Checksum, from_list
 from imagekit.cli.app import run
 from imagekit.errors import SourceError, UnsupportedFeature, UsageError, VerificationFailed
+from imagekit.remote.checksums import Checksum, from_list
 from tests.disks import noise
 from tests.test_remote import image
 from tests.web import serve

@@ -1,6 +1,6 @@
 """Writing VFAT media: what goes in comes out, equal input gives equal bytes, bad names are refused.
 
-`imagekit.fat` reads them back here, which shares no code with the writer; other programs do in
+`imagekit.contents.fat` reads them back here, which shares no code with the writer; other programs do in
 ``test_against_vfat_readers``.
 """
 
@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 
 from imagekit.cloudinit.medium import DEFAULT_TIMESTAMP
 from imagekit.cloudinit.vfat import MIN_VOLUME, PARTITION_START, write_vfat
-from imagekit.drives import Volume, read_volumes
+from imagekit.contents.drives import Volume, read_volumes
+from imagekit.contents.partitions import partitions
 from imagekit.errors import UsageError
 from imagekit.formats.base import MiB
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.raw import RawImage
-from imagekit.partitions import partitions
 from tests.test_cloudinit_iso import CONTENTS, trees
 
 DRIVE = {

@@ -17,7 +17,9 @@ import pytest
 
 import imagekit
 from fixtures import qcow2_images, vhd_images
-from imagekit import confined, confined_start, seccomp
+from imagekit.confinement import jobs as confined
+from imagekit.confinement import seccomp
+from imagekit.confinement import start as confined_start
 from imagekit.conversion import convert_image
 from imagekit.errors import Cancelled, CorruptImage, ImagekitError, ToolError, UnsafeImage, UnsupportedFeature
 from imagekit.formats.files import LocalFile
@@ -191,7 +193,7 @@ def test_elsewhere_it_says_that_it_is_not_confined(tmp_path: Path, monkeypatch: 
 LIES = """
 import json, socket, sys
 s = json.loads(sys.argv[1]); sys.path[:] = s['path']
-from imagekit.confined_channel import Channel
+from imagekit.confinement.channel import Channel
 c = Channel(socket.socket(fileno=s['socket']))
 c.say(ready=['limits'])
 c.receive()
@@ -296,7 +298,7 @@ def test_it_does_not_outlive_who_started_it(tmp_path: Path) -> None:
     """The starter is killed while the confined process waits for its job."""
     program = (
         "import sys, time\n"
-        "from imagekit import confined, confined_start\n"
+        "from imagekit.confinement import jobs as confined, start as confined_start\n"
         "from imagekit.plan import ConvertOptions\n"
         "with confined_start.started(confined._settings(ConvertOptions(), 1)) as (process, channel):\n"
         "    assert channel.hear(60)\n"
@@ -341,7 +343,8 @@ ATTEMPTS = {
 TRY = """
 import ctypes, json, mmap, os, resource, socket, sys, threading
 sys.path[:] = json.loads(sys.argv[1])
-from imagekit import seccomp, confined_child
+from imagekit.confinement import seccomp
+from imagekit.confinement import child as confined_child
 libc = ctypes.CDLL(None, use_errno=True)
 def fail():
     raise OSError(ctypes.get_errno(), 'refused')
@@ -349,7 +352,7 @@ settings = {"parent": os.getppid(), "memory": 1 << 28, "limits": {"RLIMIT_NOFILE
 if sys.argv[3] == "landlock":
     seccomp.restrict_calls = lambda: False
 elif sys.argv[3] == "seccomp":
-    confined_child.tool_confine.landlock_version = lambda: 0
+    confined_child.rights.landlock_version = lambda: 0
 print(*confined_child._confine(settings), file=sys.stderr)
 try:
     exec(sys.argv[2])

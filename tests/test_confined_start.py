@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 import imagekit
-from imagekit import cli, confined, confined_start
+from imagekit import cli
+from imagekit.confinement import jobs as confined
+from imagekit.confinement import start as confined_start
 from imagekit.digests import file_digest
 from imagekit.errors import Cancelled, ToolError, UnsafeImage
 from imagekit.plan import ConvertOptions
@@ -95,7 +97,7 @@ def test_cancel_ends_it_soon(tmp_path: Path, no_leftovers: Path, nursery: confin
 def test_all_of_it_ends_with_who_started_it() -> None:
     program = (
         "import time\n"
-        "from imagekit import confined, confined_start\n"
+        "from imagekit.confinement import jobs as confined, start as confined_start\n"
         "from imagekit.plan import ConvertOptions\n"
         "confined_start.prepare()\n"
         "with confined_start.started(confined._settings(ConvertOptions(), 1)) as (process, channel):\n"

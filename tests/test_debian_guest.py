@@ -16,9 +16,9 @@ from uuid import uuid4
 import pytest
 
 import imagekit
+from imagekit.contents.firmware import find_loader
 from imagekit.digests import file_digest
 from imagekit.errors import ToolError
-from imagekit.firmware import find_loader
 from imagekit.launch.ovmf import find_firmware
 from tests.oracles import need_tool
 

@@ -11,7 +11,7 @@ import imagekit
 from imagekit.cli.app import run
 from imagekit.cloudinit.iso import write_iso
 from imagekit.cloudinit.vfat import write_vfat
-from imagekit.drive_check import check_drive
+from imagekit.contents.drive_check import check_drive
 from tests.cloudinit_specs import FULL, UUID
 
 SECRET = str(FULL["password"])

@@ -10,10 +10,10 @@ import pytest
 
 from fixtures import efi_disks
 from fixtures.efi_disks import ESP, LINUX, gpt_disk, mbr_disk
-from imagekit import drives
 from imagekit.cloudinit.iso import write_iso
 from imagekit.cloudinit.vfat import write_vfat
-from imagekit.drives import Drive, read_drive
+from imagekit.contents import drives
+from imagekit.contents.drives import Drive, read_drive
 from imagekit.errors import CorruptImage, InvalidImage, SourceError, UnknownFormat, UnsafeImage, UnsupportedFeature
 from imagekit.formats.base import GiB, MiB
 

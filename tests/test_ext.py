@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from imagekit.ext import Ext, ExtError
+from imagekit.contents.ext import Ext, ExtError
 from imagekit.sources import Reading, open_source
 from tests.ext_disks import LENGTH, UUID, make_ext
 from tests.oracles import need_tool

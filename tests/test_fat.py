@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fixtures import efi_disks
 from fixtures.efi_disks import SECTOR, Tree
-from imagekit import fat
-from imagekit.fat import Entry, Fat, FatError
+from imagekit.contents import fat
+from imagekit.contents.fat import Entry, Fat, FatError
 from imagekit.formats.base import MiB
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.raw import RawImage

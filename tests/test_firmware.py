@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fixtures.efi_disks import ESP, LINUX, MIB, SECTOR, UEFI_CA, WINDOWS_CA, Fat, gpt_disk, loader, mbr_disk
 from fixtures.uefi_guest import uefi_application
+from imagekit.contents.firmware import Choice, Loader, SecureBoot, choose, find_loader
 from imagekit.errors import CorruptImage, UnsupportedFeature
-from imagekit.firmware import Choice, Loader, SecureBoot, choose, find_loader
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.raw import RawImage
 

@@ -17,7 +17,7 @@ import pytest
 import imagekit
 from imagekit.cli.app import run
 from imagekit.errors import SourceError, ToolError, UnsafeImage, UnsupportedFeature, VerificationFailed
-from imagekit.glance import Glance, context_of
+from imagekit.glance.client import Glance, context_of
 from imagekit.report import Report
 from tests.oracles import need_tool
 from tests.test_remote import image

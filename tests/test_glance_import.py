@@ -12,7 +12,7 @@ from fixtures.qcow2_images import Plain, Recipe, make
 from imagekit.child import Child
 from imagekit.errors import CorruptImage, ImagekitError, UnsafeImage
 from imagekit.formats.base import MiB
-from imagekit.glance_import import import_image
+from imagekit.glance.importing import import_image
 from imagekit.launch.tiny_guest import write_tiny_guest
 from tests.disks import noise
 

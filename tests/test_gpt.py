@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fixtures.gpt_disks import DISK_GUID, LINUX, SYSTEM, Part, Recipe, make
-from imagekit import gpt
+from imagekit.contents import gpt
+from imagekit.contents.patched import Patch, PatchedImage
 from imagekit.errors import UnsupportedFeature
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.raw import RawImage
-from imagekit.patched import Patch, PatchedImage
 from tests.disks import content, noise
 
 PARTS = (Part(64, 99, "root"), Part(100, 149, "EFI system", SYSTEM, 1 << 63 | 1), Part(40, 60, "täst 💾"))

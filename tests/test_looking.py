@@ -12,10 +12,10 @@ import imagekit
 from fixtures.efi_disks import ESP, UEFI_CA, Fat, gpt_disk, loader
 from imagekit import bundle as bundle_module
 from imagekit.api import readiness
+from imagekit.contents.firmware import Loader
+from imagekit.contents.looking import Seen, as_seen, seen_message
+from imagekit.contents.readiness import Check, Readiness
 from imagekit.errors import UnsupportedFeature
-from imagekit.firmware import Loader
-from imagekit.looking import Seen, as_seen, seen_message
-from imagekit.readiness import Check, Readiness
 from tests.ext_disks import make_disk, make_ext
 from tests.test_readiness import GOOD, system
 from tests.test_remote import IDENTIFIER

@@ -11,8 +11,8 @@ from imagekit import api, media
 from imagekit.cloudinit.configdrive import config_drive_tree
 from imagekit.cloudinit.model import parse_spec
 from imagekit.cloudinit.vfat import write_vfat
+from imagekit.contents.drives import read_drive
 from imagekit.copying import copy_image
-from imagekit.drives import read_drive
 from imagekit.errors import UnsupportedFeature, UsageError, VerificationFailed
 from imagekit.formats.base import MiB
 from imagekit.formats.files import MemoryFile

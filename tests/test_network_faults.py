@@ -16,8 +16,8 @@ import pytest
 
 import imagekit
 from imagekit.errors import ImagekitError
-from imagekit.remote import Access
-from imagekit.remote_http import HttpOptions
+from imagekit.remote.addresses import Access
+from imagekit.remote.http import HttpOptions
 from tests.disks import noise
 from tests.test_remote import IDENTIFIER, image
 from tests.web import Answer, Site, answers, compresses, drops, only, serve, states
@@ -121,7 +121,7 @@ def test_a_fault_of_the_network_is_mended_or_refused(
 ) -> None:
     quick = HttpOptions(timeout=0.4, retries=2, pause=0.01)
     monkeypatch.setattr(Access, "http", lambda _: quick)
-    monkeypatch.setattr("imagekit.remote_http.SLOWEST", 64 << 10)
+    monkeypatch.setattr("imagekit.remote.http.SLOWEST", 64 << 10)
     digest = hashlib.sha256(IMAGE).hexdigest()
     target = no_leftovers / "disk.vhdx"
     first = 1 if ranges else 0

@@ -14,7 +14,7 @@ import pytest
 
 import imagekit
 from fixtures import gpt_disks
-from imagekit import gpt
+from imagekit.contents import gpt
 from imagekit.errors import CorruptImage, SourceError, UnsafeImage, UnsupportedFeature
 from imagekit.formats.base import GiB, MiB
 from imagekit.formats.encoders import zstd

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import imagekit
-from imagekit.arriving import PIECE
 from imagekit.errors import SourceError, TargetError, VerificationFailed
-from imagekit.partial import Keeping
-from imagekit.remote_http import Version
+from imagekit.remote.arriving import PIECE
+from imagekit.remote.http import Version
+from imagekit.remote.partial import Keeping
 from tests.disks import noise
 from tests.test_remote import IDENTIFIER, image
 from tests.web import Answer, Site, answers, only, serve

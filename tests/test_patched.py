@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fixtures import vhd_images
+from imagekit.contents.patched import Patch, PatchedImage
 from imagekit.formats import registry
 from imagekit.formats.base import Extent
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.raw import RawImage
-from imagekit.patched import Patch, PatchedImage
 from imagekit.plan import find_blocks
 from tests.disks import assert_extents_agree, content, cut, disks, noise
 

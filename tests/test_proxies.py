@@ -14,12 +14,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from imagekit.arriving import PIECE
 from imagekit.cli.app import run
 from imagekit.errors import SourceError, UsageError
-from imagekit.proxies import proxy_for
-from imagekit.remote_file import RemoteFile
-from imagekit.remote_http import HttpOptions
+from imagekit.remote.arriving import PIECE
+from imagekit.remote.file import RemoteFile
+from imagekit.remote.http import HttpOptions
+from imagekit.remote.proxies import proxy_for
 from tests.disks import noise
 from tests.oracles import need_tool
 from tests.servers import Quiet, running

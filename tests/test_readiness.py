@@ -13,9 +13,9 @@ import pytest
 import imagekit
 from imagekit import api
 from imagekit.cli.app import run
+from imagekit.contents.initramfs import InitramfsError, names
+from imagekit.contents.readiness import Readiness
 from imagekit.errors import UnsupportedFeature
-from imagekit.initramfs import InitramfsError, names
-from imagekit.readiness import Readiness
 from tests.cloudinit_specs import KEY
 from tests.ext_disks import UUID, make_disk, make_ext
 
@@ -39,7 +39,7 @@ def cpio(files: list[str]) -> bytes:
 
 
 def zstd(data: bytes) -> bytes:
-    from imagekit.initramfs import _zstd_module
+    from imagekit.contents.initramfs import _zstd_module
 
     packed: bytes = _zstd_module().compress(data)
     return packed
@@ -191,9 +191,9 @@ def test_info_shows_it_and_strict_prepare_refuses_it(tmp_path: Path, capsys: pyt
 
 
 def test_an_initramfs_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imagekit.initramfs.MAX_UNPACKED", 1 << 20)
+    monkeypatch.setattr("imagekit.contents.initramfs.MAX_UNPACKED", 1 << 20)
     with pytest.raises(InitramfsError, match="more than"):
         list(names(gzip.compress(cpio(["a"]) + bytes(8 << 20))))
-    monkeypatch.setattr("imagekit.initramfs.MAX_FILES", 10)
+    monkeypatch.setattr("imagekit.contents.initramfs.MAX_FILES", 10)
     with pytest.raises(InitramfsError, match="more than 10 files"):
         list(names(cpio([str(number) for number in range(11)])))

@@ -12,7 +12,7 @@ import pytest
 
 import imagekit
 from fixtures.qcow2_images import Compressed, Plain, Recipe, make
-from imagekit import api, remote
+from imagekit import api
 from imagekit.cli.app import run
 from imagekit.errors import (
     InvalidImage,
@@ -23,6 +23,7 @@ from imagekit.errors import (
     VerificationFailed,
 )
 from imagekit.limits import Limits
+from imagekit.remote import addresses
 from tests.disks import noise, text
 from tests.web import Site, answers, drops, only, serve, states
 
@@ -147,7 +148,7 @@ def test_a_path_that_looks_like_an_address_is_a_path(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "http:").mkdir()
     local.rename(tmp_path / "http:" / "image")
-    assert not remote.is_remote("http://image")
+    assert not addresses.is_remote("http://image")
 
 
 def test_exit_codes_of_the_command_line(site: Site, no_leftovers: Path, capsys: pytest.CaptureFixture[str]) -> None:

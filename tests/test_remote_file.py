@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from imagekit.arriving import PIECE, Arriving
 from imagekit.errors import Cancelled, SourceError, UnsafeImage, UsageError
 from imagekit.formats.files import LocalFile
 from imagekit.progress import Control
-from imagekit.remote_file import RemoteFile
-from imagekit.remote_http import HttpOptions, shown
-from imagekit.stream_file import StreamFile
+from imagekit.remote.arriving import PIECE, Arriving
+from imagekit.remote.file import RemoteFile
+from imagekit.remote.http import HttpOptions, shown
+from imagekit.remote.stream import StreamFile
 from tests.disks import noise
 from tests.web import Answer, Site, answers, compresses, drops, only, serve, states
 

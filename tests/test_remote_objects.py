@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from imagekit import remote
-from imagekit.arriving import PIECE
 from imagekit.cli.app import run
 from imagekit.errors import ImagekitError, SourceError, ToolError, UsageError
-from imagekit.remote_file import RemoteFile
-from imagekit.remote_http import HttpOptions
-from imagekit.remote_objects import StoredObject, check_address
+from imagekit.remote import addresses
+from imagekit.remote.arriving import PIECE
+from imagekit.remote.file import RemoteFile
+from imagekit.remote.http import HttpOptions
+from imagekit.remote.objects import StoredObject, check_address
 from tests.disks import noise
 from tests.oracles import need_venv
 from tests.test_remote import IDENTIFIER, image
@@ -124,7 +124,7 @@ def test_an_address_with_a_secret_or_a_chain_is_a_usage_error() -> None:
 @pytest.mark.parametrize("scheme", ["file", "local", "memory", "simplecache", "zip", "github", "reference", "dir"])
 def test_what_does_not_lead_over_a_network_to_one_service_is_not_read(scheme: str) -> None:
     with pytest.raises(UsageError, match="is not read"):
-        remote.is_remote(f"{scheme}://etc/passwd")
+        addresses.is_remote(f"{scheme}://etc/passwd")
 
 
 # --- S3 -----------------------------------------------------------------------------------------------------------

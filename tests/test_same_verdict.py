@@ -29,8 +29,8 @@ from imagekit.errors import ImagekitError, UnsafeImage
 from imagekit.formats import files
 from imagekit.formats.base import KiB, MiB
 from imagekit.formats.files import LocalFile
+from imagekit.remote.stream import StreamFile
 from imagekit.sources import Reading, open_source
-from imagekit.stream_file import StreamFile
 from tests.disks import noise
 from tests.fuzz.seeds import seeds
 from tests.web import serve

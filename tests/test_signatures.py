@@ -12,7 +12,7 @@ import pytest
 
 from imagekit.cli.app import run
 from imagekit.errors import SourceError, ToolError, VerificationFailed
-from imagekit.signatures import BESIDE, MOST_SIGNED, verified, with_suffix
+from imagekit.remote.signatures import BESIDE, MOST_SIGNED, verified, with_suffix
 from tests.oracles import need_tool
 from tests.test_remote import image
 from tests.web import serve

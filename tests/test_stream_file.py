@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from imagekit.arriving import PIECE
 from imagekit.cli.app import run
 from imagekit.errors import Cancelled
 from imagekit.progress import Control
-from imagekit.stream_file import StreamFile
+from imagekit.remote.arriving import PIECE
+from imagekit.remote.stream import StreamFile
 from tests.disks import noise
 from tests.test_remote import IDENTIFIER, SIZE, image
 
@@ -102,8 +102,8 @@ def test_a_conversion_from_a_pipe_gives_the_bytes_of_one_from_a_file(
 
 def test_a_packed_image_is_unpacked_before_the_pipe_has_ended(tmp_path: Path) -> None:
     """Of 64 MiB of zeros all but the last bytes can be unpacked when the packed file is not complete yet."""
-    from imagekit import wrappers
     from imagekit.progress import Progress
+    from imagekit.wrappers import unwrap
 
     packed = gzip.compress(bytes(64 << 20) + noise(1 << 20))
     out, into = os.pipe()
@@ -121,7 +121,7 @@ def test_a_packed_image_is_unpacked_before_the_pipe_has_ended(tmp_path: Path) ->
 
     thread = threading.Thread(target=end)
     thread.start()
-    with StreamFile(out) as file, wrappers.unwrap(file, folder=tmp_path, control=Control(told)) as inside:
+    with StreamFile(out) as file, unwrap.unwrap(file, folder=tmp_path, control=Control(told)) as inside:
         os.close(out)
         assert inside.file.size == 65 << 20
     thread.join()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from imagekit import tool_confine
+from imagekit.confinement import rights
 from imagekit.errors import Cancelled, TargetError, ToolError
 from imagekit.progress import Control
 from imagekit.tool_process import MOST_OUTPUT, Finished, ToolLimits, run
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX s
 MiB = 1 << 20
 LIMITS = ToolLimits(reserve=0)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
-sandboxed = pytest.mark.skipif(tool_confine.landlock_version() == 0, reason="this kernel has no Landlock")
+sandboxed = pytest.mark.skipif(rights.landlock_version() == 0, reason="this kernel has no Landlock")
 
 
 def sh(script: str, *arguments: str, limits: ToolLimits = LIMITS, **options: object) -> Finished:
@@ -223,9 +223,9 @@ def _runs(process: int) -> bool:
 
 def test_a_parent_that_is_gone_already_is_noticed() -> None:
     code = (
-        "import json, sys; from imagekit import tool_confine;"
+        "import json, sys; from imagekit.confinement import rights;"
         "settings = json.dumps(dict(limits={}, environment={}, parent=1 << 30, sandbox=False));"
-        "sys.exit(tool_confine.main([settings, '/bin/echo', 'ran']))"
+        "sys.exit(rights.main([settings, '/bin/echo', 'ran']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert (done.returncode, done.stdout) == ((126, b"") if sys.platform == "linux" else (0, b"ran\n"))

@@ -14,9 +14,9 @@ from fixtures.tar_archives import END, gnu_sparse, member
 from imagekit.errors import CorruptImage, ImagekitError, UnsafeImage, UnsupportedFeature
 from imagekit.formats.files import LocalFile, MemoryFile
 from imagekit.progress import SILENT
-from imagekit.wrapper_ova import MAX_OVF, open_ova
-from imagekit.wrapper_parts import Member
-from imagekit.wrappers import DEFAULT_LIMITS, WrapperLimits, detect, unwrap
+from imagekit.wrappers.ova import MAX_OVF, open_ova
+from imagekit.wrappers.parts import Member
+from imagekit.wrappers.unwrap import DEFAULT_LIMITS, WrapperLimits, detect, unwrap
 from tests.disks import noise, text
 
 KiB, MiB = 1 << 10, 1 << 20

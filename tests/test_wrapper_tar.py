@@ -20,12 +20,12 @@ from fixtures.tar_archives import (
     pax,
     pax_sparse,
 )
-from imagekit import wrapper_tar
 from imagekit.errors import CorruptImage, ImagekitError, UnsafeImage, UnsupportedFeature
 from imagekit.formats.files import LocalFile, MemoryFile
-from imagekit.wrapper_parts import Member, WrapperLimits, without_gaps
-from imagekit.wrapper_tar import tar_members
-from imagekit.wrappers import DEFAULT_LIMITS, detect, unwrap
+from imagekit.wrappers import tar as wrapper_tar
+from imagekit.wrappers.parts import Member, WrapperLimits, without_gaps
+from imagekit.wrappers.tar import tar_members
+from imagekit.wrappers.unwrap import DEFAULT_LIMITS, detect, unwrap
 from tests.disks import noise
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30

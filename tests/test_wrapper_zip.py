@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from imagekit.errors import CorruptImage, ImagekitError, UnsafeImage, UnsupportedFeature
 from imagekit.formats.files import LocalFile, MemoryFile
-from imagekit.wrapper_parts import WrapperLimits
-from imagekit.wrapper_zip import zip_members
-from imagekit.wrappers import DEFAULT_LIMITS, unwrap
+from imagekit.wrappers.parts import WrapperLimits
+from imagekit.wrappers.unwrap import DEFAULT_LIMITS, unwrap
+from imagekit.wrappers.zip import zip_members
 from tests.disks import noise, text
 
 KiB, MiB = 1 << 10, 1 << 20

@@ -34,8 +34,8 @@ from imagekit.errors import (
 from imagekit.formats.files import LocalFile, MemoryFile
 from imagekit.formats.registry import NAMED_ONLY
 from imagekit.progress import Control, Progress
-from imagekit.wrapper_parts import BLOCK, data_runs, is_disk_name
-from imagekit.wrappers import DEFAULT_LIMITS, WrapperLimits, detect, unwrap
+from imagekit.wrappers.parts import BLOCK, data_runs, is_disk_name
+from imagekit.wrappers.unwrap import DEFAULT_LIMITS, WrapperLimits, detect, unwrap
 from tests.disks import noise, text
 
 if sys.version_info >= (3, 14):

@@ -32,7 +32,7 @@ from imagekit.formats.base import GiB, KiB, MiB, TiB
 from imagekit.plan import ConvertOptions
 from imagekit.profiles import apply_profile
 from imagekit.records import dataclass, field
-from imagekit.remote import Access
+from imagekit.remote.addresses import Access
 
 MAX_SIZE = 256 * MiB
 """Bytes of a manifest."""

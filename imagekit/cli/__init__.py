@@ -61,7 +61,7 @@ def main() -> NoReturn:
         raise SystemExit(run(arguments))
     from contextlib import suppress
 
-    from imagekit import confined_start
+    from imagekit.confinement import start as confined_start
     from imagekit.errors import ToolError
 
     with suppress(ToolError):  # said, in the words of every error, when it is tried again

@@ -17,7 +17,7 @@ from imagekit.cli.options import Format, allowed, command, reading, remote, size
 from imagekit.cli.sizes import short_size
 from imagekit.cli.ui import Ui, line
 from imagekit.errors import BatchFailed, Cancelled, UsageError
-from imagekit.remote import Access
+from imagekit.remote.addresses import Access
 
 if TYPE_CHECKING:
     from imagekit.batch.crew import Workforce

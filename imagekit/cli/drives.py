@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from imagekit.cloudinit.agents import Seen
     from imagekit.cloudinit.manifest import Entry
     from imagekit.cloudinit.model import GuestProfile
-    from imagekit.drive_check import DriveCheck, VolumeCheck
+    from imagekit.contents.drive_check import DriveCheck, VolumeCheck
 
 
 def show_check(ui: Ui, medium: Path, *, guest: str | None, machine: Path | None, strict: bool) -> None:

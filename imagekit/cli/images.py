@@ -34,7 +34,7 @@ from imagekit.errors import CorruptImage, UsageError
 from imagekit.formats.base import SECTOR, DiskImage, Extent
 from imagekit.limits import Limits
 from imagekit.profiles import PROFILES
-from imagekit.remote import STDIN
+from imagekit.remote.addresses import STDIN
 from imagekit.report import Report
 from imagekit.workers import keep_freed_memory
 

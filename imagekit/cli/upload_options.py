@@ -11,7 +11,7 @@ from imagekit.cli.ui import Ui, table
 from imagekit.errors import UsageError
 
 if TYPE_CHECKING:
-    from imagekit.glance_upload import Upload
+    from imagekit.glance.upload import Upload
 
 
 def upload_fields(
