@@ -24,8 +24,8 @@ from tests.oracles import need_tool
 
 pytestmark = [pytest.mark.slow, pytest.mark.oracle]
 
-TIMEOUT = 1200.0
-"""Seconds; without KVM and on a busy machine the guest takes minutes, with Secure Boot a few more."""
+TIMEOUT = 900.0
+"""Seconds; without KVM the guest takes one to two minutes, with two of them on a busy machine up to five."""
 
 
 @pytest.fixture(scope="session")
@@ -130,9 +130,10 @@ def test_cloud_init_takes_everything_from_our_drive(debian_guest: Path, tmp_path
     before = digests(tmp_path / "bundle")
     result = imagekit.boot(bundle, on="qemu", timeout=TIMEOUT, marker=proof)
     assert {name: digest for name, digest in digests(tmp_path / "bundle").items() if name in before} == before
-    assert (result.verdict, result.stage) == ("booted", "marker"), result.to_json()
     assert result.console is not None
     console = result.console.read_text(errors="replace").splitlines()
+    seen = [item.line for item in result.evidence]
+    assert (result.verdict, result.stage) == ("booted", "marker"), "\n".join([*seen, *console[-60:]])
     (line,) = (line for line in console if line.startswith(proof))
     print(f"\n{line}\n{result.seconds:.0f} s, {result.accelerator}")  # with pytest -s, for the record
     said = dict(part.split("=", 1) for part in line.split()[1:] if "=" in part)
@@ -143,7 +144,6 @@ def test_cloud_init_takes_everything_from_our_drive(debian_guest: Path, tmp_path
     assert said["identified"] == "ConfigDrive"
     assert "DataSourceConfigDrive" in line and re.search(f"source={drive.device}]", line)
     assert {"kernel", "init", "cloud-init"} <= {item.stage for item in result.evidence}
-    seen = [item.line for item in result.evidence]
     assert any("Secure boot enabled" in line or "Secure Boot is enabled" in line for line in seen) == (
         drive.generation == 2
     )

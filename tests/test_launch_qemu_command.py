@@ -108,11 +108,18 @@ def test_a_comma_in_a_path_is_part_of_it() -> None:
 
 def test_processor_memory_and_identity_are_the_machines() -> None:
     command = arguments(machine(smbios={"serial": "a,b", "chassis_asset_tag": "tag"}))
-    assert values(command, "-smp") == ["2"]
     assert values(command, "-m") == ["1024M"]
     assert values(command, "-uuid") == ["8f2a6d5c-9d3e-4a54-8d4e-0f9b8d1f1c11"]
     assert values(command, "-smbios") == ["type=1,serial=a,,b", "type=3,asset=tag"]
     assert values(command, "-rtc") == ["base=utc"]
+
+
+def test_what_is_emulated_has_one_processor_and_says_so() -> None:
+    assert values(arguments(machine(), accelerator="kvm"), "-smp") == ["2"]
+    assert values(arguments(machine(), accelerator="tcg"), "-smp") == ["1"]
+    (said,) = set(stand_ins(machine(), "tcg")) - set(stand_ins(machine(), "kvm"))
+    assert said.startswith("2 processors: one")
+    assert stand_ins(machine(cpus=1), "tcg") == stand_ins(machine(cpus=1), "kvm")
 
 
 def test_the_firmware_never_claims_another_maker() -> None:
@@ -150,7 +157,7 @@ def test_a_machine_without_network_gets_none() -> None:
 def test_the_accelerator_brings_its_processor() -> None:
     assert values(arguments(machine(), accelerator="kvm"), "-accel") == ["kvm"]
     assert values(arguments(machine(), accelerator="kvm"), "-cpu") == ["host"]
-    assert values(arguments(machine()), "-accel") == ["tcg,thread=multi"]
+    assert values(arguments(machine()), "-accel") == ["tcg"]
 
 
 def test_qemu_is_confined_where_it_can_be() -> None:

@@ -325,7 +325,8 @@ class _Rehearsal:
                 self._note(watch.console(data, self.now()))
 
             async with running(command, folder=self._scratch, on_console=on_console) as qemu:
-                start = [f"QEMU {qemu.version}, {accelerator}", *self._firmware_said(), *stand_ins(self._machine)]
+                replaced = stand_ins(self._machine, accelerator)
+                start = [f"QEMU {qemu.version}, {accelerator}", *self._firmware_said(), *replaced]
                 self._note([Evidence(round(self.now(), 1), "started", "imagekit", line) for line in start])
                 ending, screen = await self._follow(qemu, watch)
         self._note(watch.finish(self.now()))
