@@ -84,8 +84,13 @@ def entry_runs(kinds: bytes, raw: bytes, header: Qcow2Header, split: bytes) -> l
     number = int.from_bytes(kinds, "big")
     borders = {0, *used((number ^ number >> 8).to_bytes(len(kinds), "big"))}
     if any(kind in kinds for kind in split):
-        borders.update(at for at in _cuts(raw, header) if kinds[at] in split)
+        borders.update(_cuts(raw, header, kinds.translate(_one_of(split))))
     return sorted(borders)
+
+
+@cache
+def _one_of(kinds: bytes) -> bytes:
+    return translation(lambda kind: kind in kinds)
 
 
 @lru_cache(maxsize=16)
@@ -94,15 +99,15 @@ def _lanes(value: int, step: int, count: int) -> int:
     return int.from_bytes((value.to_bytes(8, "big") + bytes(step - 8)) * count, "big")
 
 
-def _cuts(raw: bytes, header: Qcow2Header) -> Iterator[int]:
-    """Entries that do not lie a cluster behind the one before, ascending."""
+def _cuts(raw: bytes, header: Qcow2Header, chosen: bytes) -> Iterator[int]:
+    """Those of the chosen entries that do not lie a cluster behind the one before, ascending."""
     step = header.l2_entry_size
     count = len(raw) // step
     # Offsets end far below the top of their words: no sum carries into the next.
     places = int.from_bytes(raw, "big") & _lanes(OFFSET_MASK, step, count)
     expected = (places >> step * 8) + _lanes(header.cluster_size, step, count)
     differences = words64((places ^ expected).to_bytes(len(raw), "big"), sys.byteorder)
-    return used(differences[:: step // 8])
+    return compress(used(chosen), compress(differences[:: step // 8], chosen))
 
 
 class L2(NamedTuple):

@@ -19,7 +19,7 @@ from typing import TypeVar
 from imagekit.formats import registry
 from imagekit.formats.base import AS_IS, Buffer, DiskImage, EncodedLayout, Extent, File, KiB, Layout, OpenOptions
 from imagekit.formats.files import kernel_copy
-from imagekit.plan import CHUNK, Chunk, ConversionPlan, chunks, data_parts, whole_blocks
+from imagekit.plan import CHUNK, Chunk, ConversionPlan, chunks, data_parts, tasks, whole_blocks
 from imagekit.progress import SILENT, Control
 from imagekit.records import dataclass
 from imagekit.sums import Sum, Sums
@@ -109,8 +109,8 @@ def copy_image(
     else:
         lane = threading.Lock()
         run_workers(
-            chunks(plan, layout, found),
-            lambda: _make_copier(image, source, target, layout, counter, sums, lane),
+            ([chunk] for chunk in chunks(plan, layout, found)) if found is not None else tasks(plan, layout, jobs),
+            lambda: _make_copier(image, source, target, layout, counter, sums, lane, control),
             jobs=jobs,
             control=control,
             tick=tick,
@@ -134,7 +134,8 @@ def _make_copier(
     counter: _Counter,
     sums: Sums | None,
     lane: threading.Lock,
-) -> Callable[[Chunk], None]:
+    control: Control,
+) -> Callable[[list[Chunk]], None]:
     buffer = memoryview(bytearray(CHUNK))
 
     def through_buffer(start: int, length: int, at: int, prefix: bytes) -> None:
@@ -156,31 +157,54 @@ def _make_copier(
         if sums is not None and total is not None:
             sums.note(start, length, total.value)
 
-    def copy(chunk: Chunk) -> None:
-        prefix = layout.prefix if chunk.first_of_block else b""
-        extents = [extent for extent in image.extents(chunk.start, chunk.length) if extent.data]
-        data, copied = sum(extent.length for extent in extents), 0
-        by_kernel = _kernel_can(extents)
-        if prefix and not by_kernel and (not extents or extents[0].start > chunk.start):
+    def by_kernel(chunk: Chunk, extents: list[Extent]) -> int:
+        control.check()
+        if prefix := layout.prefix if chunk.first_of_block else b"":
+            target.pwrite(chunk.target - len(prefix), prefix)
+        return _copy_by_kernel(extents, chunk, source, target)
+
+    def ourselves(chunk: Chunk, extents: list[Extent], copied: int, prefix: bytes) -> None:
+        data = sum(extent.length for extent in extents)
+        if prefix and (not extents or extents[0].start > chunk.start):
             target.pwrite(chunk.target - len(prefix), prefix)
             prefix = b""
-        if by_kernel:
-            with lane:  # the kernel lets in one writer of a file at a time: a second one would only spin
-                if prefix:
-                    target.pwrite(chunk.target - len(prefix), prefix)
-                    prefix = b""
-                copied = _copy_by_kernel(extents, chunk, source, target)
-        if copied < data:
-            for start, length in _behind(extents, copied):
-                through_buffer(start, length, chunk.target + start - chunk.start, prefix)
+        for start, end in _behind(extents, copied):
+            for at in range(start, end, CHUNK):
+                control.check()
+                through_buffer(at, min(CHUNK, end - at), chunk.target + at - chunk.start, prefix)
                 prefix = b""
         counter.add(chunk.start, chunk.length, data, copied)
+
+    def copy(task: list[Chunk]) -> None:
+        shared = [extents for chunk in task if (extents := _kernel_parts(image, chunk)) is not None]
+        if len(shared) == len(task):
+            with lane:  # the kernel lets in one writer of a file at a time: a second one would only spin
+                copied = [by_kernel(chunk, extents) for chunk, extents in zip(task, shared, strict=True)]
+            for chunk, extents, done in zip(task, shared, copied, strict=True):
+                ourselves(chunk, extents, done, b"")
+        elif len(task) > 1 or task[0].length > CHUNK:
+            for part in (part for chunk in task for part in chunk.parts()):
+                copy([part])
+        else:
+            (chunk,) = task
+            ourselves(chunk, _data_extents(image, chunk), 0, layout.prefix if chunk.first_of_block else b"")
 
     return copy
 
 
-def _kernel_can(extents: list[Extent]) -> bool:
-    return 0 < len(extents) <= MAX_KERNEL_PARTS and all(extent.offset is not None for extent in extents)
+def _data_extents(image: DiskImage, chunk: Chunk) -> list[Extent]:
+    return [extent for extent in image.extents(chunk.start, chunk.length) if extent.data]
+
+
+def _kernel_parts(image: DiskImage, chunk: Chunk) -> list[Extent] | None:
+    """The extents with data, when the kernel can copy all of them and they are few; else None."""
+    found: list[Extent] = []
+    for extent in image.extents(chunk.start, chunk.length):
+        if extent.data:
+            if extent.offset is None or len(found) == MAX_KERNEL_PARTS:
+                return None
+            found.append(extent)
+    return found or None
 
 
 def _copy_by_kernel(extents: list[Extent], chunk: Chunk, source: File, target: File) -> int:
@@ -197,13 +221,13 @@ def _copy_by_kernel(extents: list[Extent], chunk: Chunk, source: File, target: F
 
 
 def _behind(extents: list[Extent], copied: int) -> list[tuple[int, int]]:
-    """The parts with data that lie behind the first ``copied`` bytes of data."""
+    """(start, end) of the parts with data that lie behind the first ``copied`` bytes of data."""
     parts = []
     for start, length in data_parts(iter(extents)):
         done = min(copied, length)
         copied -= done
         if done < length:
-            parts.append((start + done, length - done))
+            parts.append((start + done, start + length))
     return parts
 
 

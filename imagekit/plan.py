@@ -51,7 +51,9 @@ SIDE_BY_SIDE = 8 * MiB
 """Zeros, by what begins as such, from which on it is worth starting threads to read them."""
 
 CHUNK = 2 * MiB
-"""Guest bytes copied by one task."""
+"""Guest bytes that are read and written in one go."""
+TASK = 16 * MiB
+"""Guest bytes handed to a thread at once; the kernel copies, or shares, what lies side by side by one call."""
 TELL_EVERY = 64 * MiB
 Look: TypeAlias = tuple[int, int, int, File | None, int]
 """Block, the part of it (start, end) to be looked at; where that lies unencoded: in which file, if any, and where."""
@@ -469,8 +471,10 @@ def _nothing() -> None:
     return None
 
 
-def chunks(plan: ConversionPlan, layout: Layout, found: Iterable[tuple[int, int]] | None = None) -> Iterator[Chunk]:
-    """The tasks of the copy, in the order of the source: what lies side by side in source and target, to a limit.
+def chunks(
+    plan: ConversionPlan, layout: Layout, found: Iterable[tuple[int, int]] | None = None, *, most: int = CHUNK
+) -> Iterator[Chunk]:
+    """The parts of a copy, in the order of the source: what lies side by side in source and target, ``most`` bytes.
 
     ``found`` are the blocks of a draft (:class:`FoundBlocks`); the layout gives them their places now.
     """
@@ -480,12 +484,27 @@ def chunks(plan: ConversionPlan, layout: Layout, found: Iterable[tuple[int, int]
         while start < end:
             block, inside = divmod(start, size)
             target = layout.place(block) + inside
-            limit = min(start + CHUNK, end)
+            limit = min(start + most, end)
             stop = min((block + 1) * size, limit)
             while stop < limit and not layout.prefix and layout.place(stop // size) - target == stop - start:
                 stop = min(stop + size, limit)
             yield Chunk(start, stop - start, target, inside == 0)
             start = stop
+
+
+def tasks(plan: ConversionPlan, layout: Layout, jobs: int) -> Iterator[list[Chunk]]:
+    """The parts of a copy as tasks for ``jobs`` threads: few and large, but some for each."""
+    most = max(1, min(TASK, plan.data_bytes // (4 * jobs)) // CHUNK) * CHUNK
+    together: list[Chunk] = []
+    size = 0
+    for chunk in chunks(plan, layout, most=most):
+        if together and size + chunk.length > most:
+            yield together
+            together, size = [], 0
+        together.append(chunk)
+        size += chunk.length
+    if together:
+        yield together
 
 
 def whole_blocks(plan: ConversionPlan) -> Iterator[tuple[int, int]]:
@@ -498,12 +517,18 @@ def whole_blocks(plan: ConversionPlan) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Guest bytes to copy by one task, and where they go."""
+    """Guest bytes that lie side by side in source and target, and where they go."""
 
     start: int
     length: int
     target: int
     first_of_block: bool
+
+    def parts(self) -> Iterator[Chunk]:
+        """The same in parts of CHUNK at most."""
+        for done in range(0, self.length, CHUNK):
+            length = min(CHUNK, self.length - done)
+            yield Chunk(self.start + done, length, self.target + done, self.first_of_block and not done)
 
 
 def data_parts(extents: Iterator[Extent]) -> Iterator[tuple[int, int]]:

@@ -182,6 +182,30 @@ def test_where_the_kernel_stops_the_buffer_goes_on(limit: int, monkeypatch: pyte
     assert content(registry.find("vhd").open(file)) == recipe.content()
 
 
+@pytest.mark.parametrize("target", ["vhd", "vhdx"])
+@pytest.mark.parametrize("limit", [0, 3 * MiB, 64 * MiB])
+def test_a_task_may_hold_more_than_is_read_in_one_go(
+    limit: int, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies side by side goes to the kernel at once; where part of it is compressed, or it stops, pieces are."""
+    asked: list[int] = []
+
+    def some(source: File, offset: int, target: File, target_offset: int, length: int) -> int:
+        asked.append(length)
+        count = min(limit, length)
+        target.pwrite(target_offset, source.pread(offset, count))
+        return count
+
+    monkeypatch.setattr(copying, "kernel_copy", some)
+    size, total = 1 << 20, 48
+    clusters: dict[int, Cluster] = {at: Plain(noise(size, at)) for at in range(total)}
+    clusters[30] = Compressed(text(size, 30))
+    recipe = Recipe(size=total * size, clusters=clusters, cluster_bits=20)
+    file = convert(MemoryFile(make(recipe).data), "qcow2", target, jobs=1)
+    assert content(registry.find(target).open(file)) == recipe.content()
+    assert max(asked) == (2 * MiB if target == "vhd" else 12 * MiB)
+
+
 def test_a_chunk_in_many_pieces_is_read_and_written_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """A system call a piece would cost more than the copy."""
     calls: list[object] = []

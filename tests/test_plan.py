@@ -23,6 +23,7 @@ from imagekit.formats.files import LocalFile, MemoryFile
 from imagekit.formats.raw import RawImage
 from imagekit.plan import (
     CHUNK,
+    TASK,
     ConversionPlan,
     ConvertOptions,
     build_plan,
@@ -30,6 +31,7 @@ from imagekit.plan import (
     data_parts,
     find_blocks,
     target_size,
+    tasks,
 )
 from imagekit.progress import Control, Progress
 from tests.disks import IDENTIFIER, OPTIONS, disks, noise, text
@@ -125,6 +127,29 @@ def test_the_chunks_are_the_blocks_each_byte_once(data: bytes, block: int, grown
     assert sum(task.length for task in tasks) == plan.data_bytes
     assert all(task.target == layout.place(task.start // block) + task.start % block for task in tasks)
     assert [task.start // block for task in tasks if task.first_of_block] == blocks_of(data, block)
+
+
+@given(
+    st.lists(st.booleans(), min_size=1, max_size=40),
+    st.sampled_from(["vhd", "vhdx"]),
+    st.sampled_from([1, 2, 16]),
+)
+def test_tasks_are_the_same_parts_few_for_each_thread(used: list[bool], target: str, jobs: int) -> None:
+    """Of a VHD, whose blocks lie apart, several make a task; of a VHDX, what lies side by side is one part."""
+    data = b"".join(b"x" + bytes(MiB - 1) if one else bytes(MiB) for one in used)
+    plan = plan_of(data, options=WriterOptions(IDENTIFIER, block_size=MiB), target=target)
+    layout = plan.layout()
+    found = list(tasks(plan, layout, jobs))
+    small = [part for task in found for chunk in task for part in chunk.parts()]
+    assert [(part.start + at, part.target + at) for part in small for at in range(0, part.length, MiB)] == [
+        (block * MiB, layout.place(block)) for block, one in enumerate(used) if one
+    ]
+    sizes = [sum(chunk.length for chunk in task) for task in found]
+    assert all(0 < size <= TASK for size in sizes) and all(part.length <= CHUNK for part in small)
+    if sum(used) >= 8 * jobs:
+        assert len(found) >= 4 * jobs
+    if all(used) and len(used) > 16 and jobs == 1:
+        assert len(found) <= len(used) // 3
 
 
 def test_blocks_larger_than_a_chunk_are_copied_in_chunks() -> None:
