@@ -36,6 +36,8 @@ LAST_WORDS = 2000
 """Characters of the child's stderr that an error quotes."""
 GRACE = 5.0
 """Seconds a child has to end after it was asked to."""
+SHORTEST, SHARE = 0.005, 1 / 20
+"""Seconds between two looks at a child at least, and as a part of the time it has taken so far."""
 NICENESS = 10
 """What a child's priority is below its caller's: it gets about a tenth of a processor that both want."""
 
@@ -51,7 +53,7 @@ class Child:
     """The interpreter that has imagekit: this one, or that of another environment."""
 
     interval: float = 0.05
-    """Seconds between two looks at the child."""
+    """Seconds between two looks at the child, at most."""
 
     environment: Mapping[str, str] | None = None
     """The child's whole environment; None: this process's."""
@@ -85,7 +87,7 @@ class Child:
             try:
                 return self._follow(process, reader, words, control, slot)
             finally:
-                _end(process, self.interval)
+                self._end(process)
 
     def _start(self, request: IO[bytes], answers: IO[bytes], words: IO[bytes]) -> subprocess.Popen[bytes]:
         flags = 0
@@ -119,6 +121,7 @@ class Child:
         slot: ExitStack,
     ) -> dict[str, Any]:
         pending = b""
+        began = time.monotonic()
         while True:
             ended = process.poll() is not None
             *lines, pending = (pending + reader.read()).split(b"\n")
@@ -131,7 +134,22 @@ class Child:
             if ended:
                 raise ended_silently(process.returncode, words)
             control.check()
-            time.sleep(self.interval)
+            time.sleep(self._pause(began))
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        began = time.monotonic()
+        if process.poll() is None:
+            process.terminate()
+            while process.poll() is None and time.monotonic() < began + GRACE:
+                time.sleep(self._pause(began))
+        if process.poll() is None:
+            process.kill()
+            while process.poll() is None:
+                time.sleep(self.interval)
+
+    def _pause(self, began: float) -> float:
+        """Seconds until the next look: few while it may be a short task."""
+        return min(self.interval, max(SHORTEST, (time.monotonic() - began) * SHARE))
 
 
 @contextmanager
@@ -188,15 +206,3 @@ def ended_silently(code: int, words: IO[bytes]) -> errors.ToolError:
         f"the process that did the work ended without a result (code {code}){last}",
         hint="try again; it may have been killed, or lack imagekit",
     )
-
-
-def _end(process: subprocess.Popen[bytes], interval: float) -> None:
-    if process.poll() is None:
-        process.terminate()
-        deadline = time.monotonic() + GRACE
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(interval)
-    if process.poll() is None:
-        process.kill()
-        while process.poll() is None:
-            time.sleep(interval)

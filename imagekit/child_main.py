@@ -12,6 +12,7 @@ nothing is left behind.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -19,16 +20,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from imagekit import api
-from imagekit.adopt import adopt
-from imagekit.batch.tasks import perform
-from imagekit.errors import Cancelled, ImagekitError, UsageError
+from imagekit.confinement import start as confined_start
+from imagekit.ending import leave
+from imagekit.errors import Cancelled, ImagekitError, ToolError, UsageError
 from imagekit.formats.base import JSON, MiB
-from imagekit.glance.importing import import_image
 from imagekit.progress import Callback, Progress
+from imagekit.workers import keep_freed_memory
 
 STEP = 0.2
 """Seconds between two lines of progress."""
@@ -53,30 +54,44 @@ def _digest(
     return {"algorithm": algorithm, "value": made.hexdigest(), "size": total}
 
 
-def _report(function: Callable[..., Any]) -> Callable[..., dict[str, JSON]]:
-    return lambda *args, **options: dict(function(*args, **options).to_json())
-
-
-# Those that tell how far they are, and those that are over at once.
-LONG: dict[str, Callable[..., Mapping[str, JSON]]] = {
-    "convert": _report(api.convert),
-    "resize": _report(api.resize),
-    "merge": _report(api.merge),
-    "compare": _report(api.compare),
-    "measure": api.measure,
+# Those that tell how far they are, and those that are over at once. A function is loaded when it is asked for.
+LONG: dict[str, str | Callable[..., Any]] = {
+    "convert": "imagekit.api:convert",
+    "resize": "imagekit.api:resize",
+    "merge": "imagekit.api:merge",
+    "compare": "imagekit.api:compare",
+    "measure": "imagekit.api:measure",
     "digest": _digest,
-    "adopt": adopt,
-    "perform": perform,
-    "import_image": import_image,
+    "adopt": "imagekit.adopt:adopt",
+    "perform": "imagekit.batch.tasks:perform",
+    "import_image": "imagekit.glance.importing:import_image",
 }
-SHORT: dict[str, Callable[..., Mapping[str, JSON]]] = {
-    "create": _report(api.create),
-    "rebase": _report(api.rebase),
-    "identify": _report(api.identify),
-    "info": _report(api.info),
-    "check": _report(api.check),
+SHORT: dict[str, str | Callable[..., Any]] = {
+    "create": "imagekit.api:create",
+    "rebase": "imagekit.api:rebase",
+    "identify": "imagekit.api:identify",
+    "info": "imagekit.api:info",
+    "check": "imagekit.api:check",
 }
-TASKS = LONG | SHORT
+CONFINED = ("adopt", "import_image")
+"""Tasks that read an image in a confined process without being asked to."""
+
+
+def run(name: str, /, **arguments: Any) -> dict[str, JSON]:
+    """The task of that name; its result as plain data."""
+    result = _function(name)(**arguments)
+    return dict(result if isinstance(result, Mapping) else result.to_json())
+
+
+def _function(name: str) -> Callable[..., Any]:
+    found = LONG.get(name) or SHORT.get(name)
+    if found is None:
+        raise UsageError(f"no task is called {name!r}", hint=f"tasks: {', '.join(sorted(LONG | SHORT))}")
+    if isinstance(found, str):
+        module, _, function = found.partition(":")
+        loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return loaded
+    return found
 
 
 def main() -> int:
@@ -87,25 +102,34 @@ def main() -> int:
     cancel = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: cancel.set())
-    from imagekit.workers import keep_freed_memory
-
     keep_freed_memory()
 
     def say(message_type: str, **more: JSON) -> None:
         answers.write(json.dumps({"message_type": message_type, **more}) + "\n")
 
-    say("started")
     many = MANY in sys.argv[1:]
+    line = "" if many else sys.stdin.readline()
+    # All that loads does so before "started": whoever asks sees to it that not too many do at once.
     if many:
-        from imagekit.confinement import start as confined_start
-
-        confined_start.prepare()
+        _make_ready("perform", confined=True)
+    elif line:
+        first = json.loads(line)
+        _make_ready(first["task"], confined=first["task"] in CONFINED or bool(first["arguments"].get("confined")))
+    say("started")
     code = 0
-    while not cancel.is_set() and (line := sys.stdin.readline()):
+    while not cancel.is_set() and (line := line or sys.stdin.readline()):
         code = _answer(json.loads(line), say, cancel)
-    if many:
-        confined_start.end()
+        line = ""
+    confined_start.end()
     return code
+
+
+def _make_ready(task: str, *, confined: bool) -> None:
+    """Load what the task needs, and meanwhile the interpreter that reads its image. Errors come with the task."""
+    with suppress(ToolError, UsageError):
+        if confined:
+            confined_start.prepare()
+        _function(task)
 
 
 def _answer(request: Mapping[str, Any], say: Callable[..., None], cancel: threading.Event) -> int:
@@ -130,8 +154,6 @@ def _answer(request: Mapping[str, Any], say: Callable[..., None], cancel: thread
 
 
 def _done(name: str, arguments: dict[str, Any], say: Callable[..., None], cancel: threading.Event) -> dict[str, JSON]:
-    if name not in TASKS:
-        raise UsageError(f"no task is called {name!r}", hint=f"tasks: {', '.join(sorted(TASKS))}")
     last = 0.0
 
     def tell(step: Progress) -> None:
@@ -141,9 +163,7 @@ def _done(name: str, arguments: dict[str, Any], say: Callable[..., None], cancel
             last = now
             say("status", phase=step.phase, done=step.done, total=step.total)
 
-    if name in LONG:
-        return dict(LONG[name](**arguments, progress=tell, cancel=cancel))
-    return dict(SHORT[name](**arguments))
+    return run(name, **arguments, **({"progress": tell, "cancel": cancel} if name in LONG else {}))
 
 
 def _end_with(caller: int) -> None:
@@ -158,4 +178,6 @@ def _end_with(caller: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended_with = main()
+    leave(ended_with)
+    sys.exit(ended_with)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from imagekit import child_main
 from imagekit.child import Child
-from imagekit.child_main import LONG, SHORT
 from imagekit.progress import Callback
 
 
@@ -29,8 +29,7 @@ class Here(Child):
     ) -> dict[str, Any]:
         self.tasks.append(task)
         given = json.loads(json.dumps(dict(arguments)))
-        more = {"progress": progress, "cancel": cancel} if task in LONG else {}
-        result = (LONG | SHORT)[task](**given, **more)
-        found = json.loads(json.dumps(dict(result)))
+        more = {"progress": progress, "cancel": cancel} if task in child_main.LONG else {}
+        found = json.loads(json.dumps(child_main.run(task, **given, **more)))
         assert isinstance(found, dict)
         return found

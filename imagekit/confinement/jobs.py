@@ -59,7 +59,6 @@ from imagekit.publish import Pending, check_space, finish, new_file
 from imagekit.records import dataclass, field, replace
 from imagekit.references import Following
 from imagekit.remote.arriving import Arriving
-from imagekit.remote.file import RemoteFile
 from imagekit.report import Report
 from imagekit.sources import OPENER
 from imagekit.workers import usable_cores
@@ -175,7 +174,7 @@ def look(
 
 def _opened(source: str | os.PathLike[str] | LocalFile, stack: ExitStack) -> LocalFile:
     """The source; one that still comes is not waited for, and stays the caller's."""
-    if isinstance(source, RemoteFile):
+    if isinstance(source, Arriving):
         return source
     opened = source.again() if isinstance(source, LocalFile) else LocalFile.open_source(source)
     return stack.enter_context(opened)

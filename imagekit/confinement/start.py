@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-import imagekit
 from imagekit.errors import ToolError
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ _nurseries: list[_Nursery] = []
 
 def place() -> dict[str, Any]:
     """Where its modules are, and whose end is its end."""
-    return {"path": [str(Path(imagekit.__file__).parent.parent), *sys.path], "parent": os.getpid()}
+    return {"path": [str(Path(__file__).parents[2]), *sys.path], "parent": os.getpid()}
 
 
 def prepare() -> None:
