@@ -84,6 +84,20 @@ def test_without_its_nursery_the_next_one_is_fresh(tmp_path: Path, nursery: conf
     assert confined_start._nurseries == []
 
 
+def test_a_nursery_that_hangs_while_it_loads_is_left_for_a_fresh_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk.raw").write_bytes(noise(MiB))
+    monkeypatch.setattr(confined_start, "BOOT", "import time; time.sleep(60)")
+    confined_start.prepare()
+    (nursery,) = confined_start._nurseries
+    monkeypatch.undo()
+    monkeypatch.setattr(confined_start, "SECONDS", 0.2)
+    assert imagekit.convert(tmp_path / "disk.raw", tmp_path / "disk.vhdx", confined=True).confinement
+    assert confined_start._nurseries == []
+    assert nursery._process.returncode == -9
+
+
 def test_cancel_ends_it_soon(tmp_path: Path, no_leftovers: Path, nursery: confined_start._Nursery) -> None:
     (tmp_path / "disk.raw").write_bytes(noise(MiB))
     cancel = threading.Event()

@@ -106,8 +106,8 @@ class Channel:
             raise Nonsense(f"a message of {length} bytes")
         return self._exactly(length), files
 
-    def hear(self, timeout: float) -> dict[str, Any] | None:
-        """The JSON object that the confined process says next; None when it says nothing in time."""
+    def hear(self, timeout: float | None) -> dict[str, Any] | None:
+        """The JSON object that the confined process says next; None when it says nothing in so many seconds."""
         if not select.select([self._socket], [], [], timeout)[0]:
             return None
         self._socket.settimeout(10.0)  # who starts a message also ends it

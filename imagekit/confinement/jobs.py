@@ -46,6 +46,7 @@ from imagekit.confinement.channel import (
     understood,
 )
 from imagekit.confinement.files import Server
+from imagekit.confinement.start import SECONDS as START_SECONDS
 from imagekit.confinement.start import Started, place, started
 from imagekit.errors import ImagekitError, TargetError, ToolError, UnsafeImage, UnsupportedFeature
 from imagekit.formats import registry
@@ -73,7 +74,6 @@ SPARE_MEMORY = 64 * MiB
 SPARE_OUTPUT = 64 * MiB
 """What the file system may allocate ahead."""
 DESCRIPTORS, DESCRIPTORS_FOR_CHAINS = 24, 160
-START_SECONDS = 60.0
 MOST_SCRATCHES = 64
 """Files to unpack to: one a wrapper, for each image of a chain."""
 BUG = "this is a bug: please report it"

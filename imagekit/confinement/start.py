@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 BOOT = "import json, sys; s = json.loads(sys.argv[1]); sys.path[:] = s['path']; "
 BOOT += "from imagekit.confinement import child; getattr(child, s['do'])(s)"
+SECONDS = 60.0
+"""An interpreter takes at most so long to load what it needs."""
 WORDS = 4000
 """Bytes of its stderr that are looked at."""
 
@@ -108,14 +110,19 @@ class _Nursery:
                 raise
         self.parent = os.getpid()
 
-    def ask(self, question: dict[str, Any], files: tuple[int, ...] = ()) -> dict[str, Any]:
-        from imagekit.confinement.channel import Channel
+    def ask(
+        self, question: dict[str, Any], files: tuple[int, ...] = (), *, within: float | None = None
+    ) -> dict[str, Any]:
+        """Its answer; ChannelClosed when it is gone, or silent for so many seconds."""
+        from imagekit.confinement.channel import Channel, ChannelClosed
 
         channel = Channel(self._socket)
         with self._lock:
             channel.send(json.dumps(question).encode(), files)
-            answer: dict[str, Any] = json.loads(channel.receive()[0])
-            return answer
+            answer = channel.hear(within)
+        if answer is None:
+            raise ChannelClosed
+        return answer
 
     def close(self) -> None:
         self._socket.close()
@@ -134,7 +141,7 @@ class _Forked:
         reader, writer = os.pipe()
         self._words: IO[bytes] = os.fdopen(reader, "rb")
         try:
-            self.pid = int(nursery.ask({"start": settings}, (theirs.fileno(), writer))["pid"])
+            self.pid = int(nursery.ask({"start": settings}, (theirs.fileno(), writer), within=SECONDS)["pid"])
         except BaseException:
             self._words.close()
             raise
@@ -187,7 +194,7 @@ def _start(settings: dict[str, Any], theirs: socket.socket) -> Started:
         try:
             if nursery.parent == os.getpid():
                 return _Forked(nursery, settings, theirs)
-        except ChannelClosed:  # it was killed
+        except ChannelClosed:  # it was killed, or hangs
             _nurseries.remove(nursery)
             nursery.close()
     return _Fresh(settings, theirs)

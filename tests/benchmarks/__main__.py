@@ -50,7 +50,8 @@ def on_volume(paths: dict[str, Path], kinds: set[str], folder: Path, volume: str
     there = {}
     for kind in sorted(kinds - {CHILD}):
         there[kind] = folder / paths[kind].name
-        subprocess.run(["cp", "--sparse=auto", str(paths[kind]), str(there[kind])], check=True)
+        # Holes stay holes: where cp lets a file system set blocks aside ahead of it, those are no source's own.
+        subprocess.run(["cp", "--sparse=always", str(paths[kind]), str(there[kind])], check=True)
     if CHILD in kinds:
         there[CHILD] = make_child(paths["disk.raw"], there[CHILD_BASE], folder)
     subprocess.run(["sync", "-f", str(folder)], check=True)
