@@ -176,3 +176,29 @@ def test_an_interrupted_command_says_what_is_left(
     monkeypatch.setattr(api, command[0], interrupted)
     assert run(command) == 130
     assert words in capsys.readouterr().err
+
+
+def test_quiet_says_nothing_of_what_was_done_but_what_was_asked(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (
+        ("create", "one.vhdx", "64M"),
+        ("resize", "one.vhdx", "128M"),
+        ("convert", "one.vhdx", "two.vhd"),
+    ):
+        assert run([*command, "-q"]) == 0
+        assert capsys.readouterr() == ("", "")
+    assert run(["info", "two.vhd", "-q"]) == 0
+    assert "128 MiB" in capsys.readouterr().out
+    assert run(["convert", "one.vhdx", "three.vhd", "-q", "--output", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["target"]["filename"] == "three.vhd"
+
+
+def test_info_says_what_the_caller_has_answered_by_following(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["convert", "base.raw", "base.vhdx", "-q"]) == 0
+    assert run(["create", "child.vhdx", "--parent", "base.vhdx", "-q"]) == 0
+    for option, word in ((), "refuse"), (("--follow-references",), "allowed"):
+        assert run(["info", "child.vhdx", *option]) == 0
+        assert f"\n{word}: the image refers to another file" in capsys.readouterr().out

@@ -151,4 +151,4 @@ def _show(ui: Ui, report: DiskReport) -> None:
         )
         return lines([disk, *parent])
 
-    ui.result(report.to_json(), human)
+    ui.report(report.to_json(), human)

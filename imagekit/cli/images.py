@@ -33,6 +33,7 @@ from imagekit.conversion import NOT_CONFINED
 from imagekit.errors import CorruptImage, UsageError
 from imagekit.formats.base import SECTOR, DiskImage, Extent
 from imagekit.limits import Limits
+from imagekit.policy import REFERENCES
 from imagekit.profiles import PROFILES
 from imagekit.remote.addresses import STDIN
 from imagekit.report import Report
@@ -87,7 +88,11 @@ def info(
             "refers to": ", ".join(reference.name for reference in found.info.references),
         }
         rows |= {name.replace("-", " "): str(value) for name, value in features.items() if value not in (False, 0)}
-        more = [f"{finding.severity.value}: {finding.message} [{finding.rule}]" for finding in found.findings]
+        answered = REFERENCES if reading["follow_references"] else frozenset()
+        more = [
+            f"{'allowed' if one.rule in answered else one.severity.value}: {one.message} [{one.rule}]"
+            for one in found.findings
+        ]
         if ready is not None:
             generations = " and ".join(str(number) for number in ready.generations) or "none"
             more += ["", f"on Hyper-V: bootable as generation {generations}"]
@@ -345,7 +350,7 @@ def show_report(ui: Ui, report: Report) -> None:
         ui.say(f"note: {note}")
     if ui.verbose:
         ui.say(f"copied by the kernel: {show_size(report.kernel_copied_bytes)}")
-    ui.result(report.to_json(), lambda: describe_report(report))
+    ui.report(report.to_json(), lambda: describe_report(report))
 
 
 def describe_report(report: Report) -> str:

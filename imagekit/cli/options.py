@@ -313,7 +313,7 @@ _PROGRESS = Annotated[
         "--progress", metavar="auto|bar|plain|json|none", envvar="IMAGEKIT_PROGRESS", help="Form of the progress."
     ),
 ]
-_QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages.")]
+_QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages, no word of what was done.")]
 _VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 _DEBUG = Annotated[bool, typer.Option("--debug", help="On an error, print where in the program it came up.")]
 _OUTPUTS = ("human", "json", "svg")

@@ -59,6 +59,13 @@ class Ui:
         else:
             print(clean(human if isinstance(human, str) else human()))
 
+    def report(self, document: object, human: Callable[[], str]) -> None:
+        """Print what was done, which nobody asked to know who asked for quiet: the exit code says enough."""
+        if self.json or not self.quiet:
+            self.result(document, human)
+        else:
+            self.done()
+
     def say(self, text: str) -> None:
         """A message for people, one line on stderr."""
         if not self.quiet:
