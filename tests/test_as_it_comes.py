@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from imagekit.conversion import convert_image
-from imagekit.errors import SourceError, UnsafeImage
+from imagekit.errors import SourceError, TargetError, UnsafeImage
 from imagekit.formats.base import MiB, WriterOptions
 from imagekit.formats.files import MemoryFile
 from imagekit.formats.raw import RawImage
@@ -20,6 +20,7 @@ from imagekit.progress import Control, Progress
 from imagekit.remote.arriving import PIECE, Arriving, Digest
 from imagekit.remote.file import BURST, RemoteFile, _Bursts
 from tests.disks import noise
+from tests.folders import small
 from tests.web import serve
 
 IDENTIFIER = uuid.UUID(int=2010)
@@ -156,6 +157,18 @@ def test_more_output_than_is_allowed_is_refused_on_the_way(tmp_path: Path, confi
         convert_image(site.url, tmp_path / "disk.vhd", options(limits=limits, confined=confined, source_format="raw"))
     assert caught.value.rule == "limit-output-bytes"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("confined", [False, True])
+@pytest.mark.parametrize("room", [14 * MiB, 30 * MiB])
+def test_a_disk_that_is_full_on_the_way_is_said_and_left_empty(tmp_path: Path, room: int, confined: bool) -> None:
+    """The target shares the room with what comes: less than both take, or than what comes alone."""
+    with small(tmp_path, room), serve(GUEST) as site:
+        with pytest.raises(TargetError, match=r"cannot be written: No space left") as caught:
+            convert_image(site.url, tmp_path / "disk.raw", options(confined=confined, source_format="raw"))
+        assert caught.value.hint == "make room, or choose another folder"
+        assert list(tmp_path.iterdir()) == []
+        assert os.statvfs(tmp_path).f_bfree * os.statvfs(tmp_path).f_frsize > room - MiB
 
 
 def test_more_runs_than_fit_into_memory_are_refused_on_the_way(tmp_path: Path) -> None:

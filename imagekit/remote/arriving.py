@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Protocol
 
+from imagekit.errors import TargetError
 from imagekit.formats.base import Buffer, MiB, TiB
 from imagekit.formats.files import FileIdentity, LocalFile
 from imagekit.progress import Control
@@ -73,6 +74,10 @@ class Arriving(LocalFile, ABC):
         return os.dup(self._fd)
 
     # --- as a file ---------------------------------------------------------------------------------------------
+
+    def _cannot_write(self, error: OSError, offset: int | None = None) -> TargetError:
+        told = super()._cannot_write(error, offset)
+        return TargetError(f"what comes {told.message}", path=self.name, offset=offset, hint=told.hint)
 
     @property
     def allocated_size(self) -> int:
