@@ -19,7 +19,7 @@ import pytest
 
 from imagekit.digests import file_digest
 from imagekit.formats.base import MiB
-from tests.cluster import cluster
+from tests.cluster import Cluster, cluster
 from tests.disks import noise
 
 pytestmark = [
@@ -96,29 +96,22 @@ def test_a_worker_killed_in_the_middle_of_an_item_costs_nothing_but_time(images:
 
 
 def test_a_scheduler_that_dies_ends_the_run_and_resume_makes_the_rest_here(images: Path, tmp_path: Path) -> None:
-    (images / "large.raw").write_bytes(noise(MiB) * 400)
-    out = tmp_path / "out"
-    out.mkdir()
-    with cluster(tmp_path) as made:
-        run = subprocess.Popen(
-            command(images, out, "--scheduler", made.address),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        made.busy_with(out)
+    with resumed_after(images, tmp_path) as (made, run):
         made.scheduler.kill()
         _, errors = run.communicate(timeout=120)
-    assert (run.returncode, "--resume goes on" in errors) == (16, True), errors
-    (images / "large.raw").unlink()
-    done = subprocess.run(command(images, out, "--resume"), capture_output=True, text=True)
-    (out / "large.vhdx").unlink(missing_ok=True)
-    check_same(
-        images, out, subprocess.CompletedProcess([], done.returncode, json.dumps({"done": 4, "failed": 1}), "")
-    )
+        assert (run.returncode, "--resume goes on" in errors) == (16, True), errors
 
 
 def test_ctrl_c_stops_the_workers_too_and_resume_makes_the_rest_here(images: Path, tmp_path: Path) -> None:
+    with resumed_after(images, tmp_path) as (_, run):
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+        assert run.returncode == 130, errors
+
+
+@contextmanager
+def resumed_after(images: Path, tmp_path: Path) -> Iterator[tuple[Cluster, subprocess.Popen[str]]]:
+    """A run with a large item at work, which the block stops; a second run, without the cluster, makes the rest."""
     (images / "large.raw").write_bytes(noise(MiB) * 400)
     out = tmp_path / "out"
     out.mkdir()
@@ -130,13 +123,11 @@ def test_ctrl_c_stops_the_workers_too_and_resume_makes_the_rest_here(images: Pat
             text=True,
         )
         made.busy_with(out)
-        run.send_signal(signal.SIGINT)
-        _, errors = run.communicate(timeout=60)
-        assert run.returncode == 130, errors
+        yield made, run
     (images / "large.raw").unlink()
     done = subprocess.run(command(images, out, "--resume"), capture_output=True, text=True)
     (out / "large.vhdx").unlink(missing_ok=True)
-    assert done.returncode == 3
+    assert done.returncode == 3, done.stderr
     check_same(images, out, subprocess.CompletedProcess([], 3, json.dumps({"done": 4, "failed": 1}), ""))
 
 
