@@ -22,6 +22,7 @@ from imagekit.formats.base import (
     DiskImage,
     EncodedLayout,
     File,
+    MiB,
     OpenOptions,
     ParentLink,
     WriterOptions,
@@ -40,6 +41,8 @@ from imagekit.sums import Sums
 from imagekit.verify import verify_content, verify_structure
 
 DEFAULTS = ConvertOptions()
+BEFORE_JUDGED = 32 * MiB
+"""Of a remote image that is to be converted: comes while the process starts that will judge it."""
 NOT_CONFINED = "not confined: that needs Linux; the image was read in this process"
 Maps: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 AnySource: TypeAlias = "str | os.PathLike[str] | Source | LocalFile | addresses.Opened"
@@ -104,6 +107,8 @@ def convert_image(
 
         if confined.POSSIBLE:
             with at_hand(file, options, scratch=target_path.parent, control=control) as here, here.blamed():
+                if not options.dry_run:
+                    addresses.want(here.file, BEFORE_JUDGED)
                 asked = replace(options, stated_format=here.format or options.stated_format)
                 settle = source.check_unchanged if isinstance(source, Source) else here.settle
                 report = confined.convert(here.file, target_path, chosen.name, asked, settle=settle, control=control)

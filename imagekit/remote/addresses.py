@@ -332,6 +332,12 @@ def complete(file: LocalFile) -> None:
         coming.complete()
 
 
+def want(file: LocalFile, end: int) -> None:
+    """What lies before ``end`` will very likely be read: it may be fetched while nobody waits for it."""
+    if (coming := arriving(file)) is not None:
+        coming.want(end)
+
+
 def want_all(file: LocalFile) -> None:
     """All of the file will be read: what is missing may be fetched while nobody waits for it."""
     if (coming := arriving(file)) is not None:

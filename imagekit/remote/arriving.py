@@ -43,6 +43,9 @@ class Arriving(LocalFile, ABC):
         ``control`` is told instead of the one that the file was opened with.
         """
 
+    def want(self, end: int) -> None:
+        """What lies before ``end`` will very likely be read: it may be fetched meanwhile."""
+
     def want_all(self) -> None:
         """All of it will be read sooner or later: what nobody waits for may be fetched meanwhile."""
 

@@ -344,11 +344,15 @@ class RemoteFile(Arriving):
         if self._closed:
             raise SourceError("is closed", path=self.name)
 
-    def want_all(self) -> None:
+    def want(self, end: int) -> None:
         with self._changed:
-            self._rest = range(len(self._states))
-            self._start()
-            self._changed.notify_all()
+            self._rest = range(max(self._rest.stop, min(-(-end // PIECE), len(self._states))))
+            if not self.all_here:
+                self._start()
+                self._changed.notify_all()
+
+    def want_all(self) -> None:
+        self.want(self._size)
 
     def complete(self, *digests: Digest, control: Control | None = None) -> None:
         told = control or self._control
