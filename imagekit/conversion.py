@@ -41,7 +41,7 @@ from imagekit.sums import Sums
 from imagekit.verify import verify_content, verify_structure
 
 DEFAULTS = ConvertOptions()
-BEFORE_JUDGED = 32 * MiB
+BEFORE_JUDGED = 64 * MiB
 """Of a remote image that is to be converted: comes while the process starts that will judge it."""
 NOT_CONFINED = "not confined: that needs Linux; the image was read in this process"
 Maps: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
