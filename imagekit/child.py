@@ -69,7 +69,7 @@ class Child:
         progress: Callback | None = None,
         cancel: threading.Event | None = None,
     ) -> dict[str, Any]:
-        """Do ``task`` (a name of imagekit.child_main.TASKS) and return its result as plain data.
+        """Do ``task`` (a name in imagekit.child_main) and return its result as plain data.
 
         Raises the error the task raised there, ToolError when the child cannot be started or ends without a word,
         and Cancelled when the caller asked to stop; the child has ended in every case.

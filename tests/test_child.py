@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -15,6 +17,7 @@ import pytest
 
 import imagekit
 from imagekit.child import Child
+from imagekit.child_main import LONG, SHORT, _function
 from imagekit.errors import Cancelled, InvalidImage, ToolError, UnsafeImage, UsageError
 from imagekit.formats.base import MiB
 from imagekit.progress import Progress
@@ -34,6 +37,24 @@ def test_a_conversion_elsewhere_is_the_same(raw: Path, tmp_path: Path) -> None:
     imagekit.convert(raw, tmp_path / "here.vhd", **same)
     assert (tmp_path / "child.vhd").read_bytes() == (tmp_path / "here.vhd").read_bytes()
     assert report["target"]["virtual-size"] == 3 * MiB
+
+
+@pytest.mark.parametrize("name", [*LONG, *SHORT])
+def test_every_task_is_there_and_the_long_ones_can_be_followed(name: str) -> None:
+    parameters = inspect.signature(_function(name)).parameters
+    assert ({"progress", "cancel"} <= set(parameters)) == (name in LONG)
+
+
+def test_a_task_loads_no_more_than_it_needs(raw: Path) -> None:
+    """A child that hashes a file loads neither the readers nor HTTP."""
+    code = (
+        "import sys\n"
+        "from imagekit import child_main\n"
+        f"child_main.run('digest', path={str(raw)!r}, algorithm='md5')\n"
+        "print({'http.client', 'imagekit.api', 'imagekit.formats.qcow2'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_progress_arrives(raw: Path, tmp_path: Path) -> None:
