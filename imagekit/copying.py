@@ -175,36 +175,46 @@ def _make_copier(
                 prefix = b""
         counter.add(chunk.start, chunk.length, data, copied)
 
+    def together(parts: list[tuple[Chunk, list[Extent]]]) -> None:
+        with lane:  # the kernel lets in one writer of a file at a time: a second one would only spin
+            copied = [by_kernel(*part) for part in parts]
+        for part, done in zip(parts, copied, strict=True):
+            ourselves(*part, done, b"")
+
+    # None of these functions calls itself: the buffer that it holds on to would wait for the garbage collector.
     def copy(task: list[Chunk]) -> None:
-        shared = [extents for chunk in task if (extents := _kernel_parts(image, chunk)) is not None]
-        if len(shared) == len(task):
-            with lane:  # the kernel lets in one writer of a file at a time: a second one would only spin
-                copied = [by_kernel(chunk, extents) for chunk, extents in zip(task, shared, strict=True)]
-            for chunk, extents, done in zip(task, shared, copied, strict=True):
-                ourselves(chunk, extents, done, b"")
-        elif len(task) > 1 or task[0].length > CHUNK:
-            for part in (part for chunk in task for part in chunk.parts()):
-                copy([part])
-        else:
-            (chunk,) = task
-            ourselves(chunk, _data_extents(image, chunk), 0, layout.prefix if chunk.first_of_block else b"")
+        parts = []
+        for chunk in task:
+            extents = _data_extents(image, chunk, only_kernel=True)
+            if not _kernel_can(extents):
+                break
+            parts.append((chunk, extents))
+        if len(parts) == len(task):
+            together(parts)
+            return
+        for chunk in (part for whole in task for part in whole.parts()):
+            extents = _data_extents(image, chunk)
+            if _kernel_can(extents):
+                together([(chunk, extents)])
+            else:
+                ourselves(chunk, extents, 0, layout.prefix if chunk.first_of_block else b"")
 
     return copy
 
 
-def _data_extents(image: DiskImage, chunk: Chunk) -> list[Extent]:
-    return [extent for extent in image.extents(chunk.start, chunk.length) if extent.data]
-
-
-def _kernel_parts(image: DiskImage, chunk: Chunk) -> list[Extent] | None:
-    """The extents with data, when the kernel can copy all of them and they are few; else None."""
-    found: list[Extent] = []
+def _data_extents(image: DiskImage, chunk: Chunk, *, only_kernel: bool = False) -> list[Extent]:
+    """Where the chunk's data lie; ``only_kernel``: to the first extent that the kernel cannot copy."""
+    found = []
     for extent in image.extents(chunk.start, chunk.length):
         if extent.data:
-            if extent.offset is None or len(found) == MAX_KERNEL_PARTS:
-                return None
             found.append(extent)
-    return found or None
+            if only_kernel and extent.offset is None:
+                break
+    return found
+
+
+def _kernel_can(extents: list[Extent]) -> bool:
+    return 0 < len(extents) <= MAX_KERNEL_PARTS and all(extent.offset is not None for extent in extents)
 
 
 def _copy_by_kernel(extents: list[Extent], chunk: Chunk, source: File, target: File) -> int:

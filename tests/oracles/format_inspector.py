@@ -25,6 +25,8 @@ from imagekit.formats import registry
 from imagekit.formats.files import LocalFile
 
 NAMES = {"iso9660": "iso"}
+TRIES = 3
+"""Of a test that skips itself: on a busy machine qemu-img may fail to measure what a LUKS image is to cost."""
 
 
 class Counting(LocalFile):
@@ -192,9 +194,12 @@ def main(site: str, *names: str) -> None:
     tests = _install()
     loader, became = unittest.TestLoader(), {}
     for name in names:
-        result = unittest.TestResult()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            loader.loadTestsFromName(name, tests).run(result)
+        for _ in range(TRIES):
+            result = unittest.TestResult()
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                loader.loadTestsFromName(name, tests).run(result)
+            if not result.skipped:
+                break
         wrong = [text.strip().splitlines()[-1] for _, text in (*result.failures, *result.errors)]
         became[name] = {"ran": result.testsRun, "skipped": len(result.skipped), "wrong": wrong}
     print(json.dumps(became))
