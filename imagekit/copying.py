@@ -203,12 +203,12 @@ def _make_copier(
 
 
 def _data_extents(image: DiskImage, chunk: Chunk, *, only_kernel: bool = False) -> list[Extent]:
-    """Where the chunk's data lie; ``only_kernel``: to the first extent that the kernel cannot copy."""
+    """Where the chunk's data lie; ``only_kernel``: until it shows that the kernel cannot copy them."""
     found = []
     for extent in image.extents(chunk.start, chunk.length):
         if extent.data:
             found.append(extent)
-            if only_kernel and extent.offset is None:
+            if only_kernel and (extent.offset is None or len(found) > MAX_KERNEL_PARTS):
                 break
     return found
 

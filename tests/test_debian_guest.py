@@ -130,7 +130,7 @@ def test_cloud_init_takes_everything_from_our_drive(debian_guest: Path, tmp_path
     before = digests(tmp_path / "bundle")
     result = imagekit.boot(bundle, on="qemu", timeout=TIMEOUT, marker=proof)
     if (result.verdict, result.accelerator) == ("timeout", "tcg"):
-        # Rarely, an emulated guest stands still for no reason of its disk's: what counts is that it can boot.
+        # Seen once, not explained: what counts is that this disk can boot, and the next line says what happened.
         print(f"not there after {TIMEOUT:.0f} s, once more; it was at {result.stage}")
         result = imagekit.boot(bundle, on="qemu", timeout=TIMEOUT, marker=proof)
     assert {name: digest for name, digest in digests(tmp_path / "bundle").items() if name in before} == before

@@ -166,8 +166,8 @@ def _controllers(machine: Machine) -> list[str]:
 def _processor(machine: Machine, accelerator: Accelerator) -> list[str]:
     if accelerator == "kvm":
         return ["-accel", "kvm", "-cpu", "host", "-smp", str(machine.cpus)]
-    # Newer distributions refuse the default processor, an x86-64-v1. Only one: emulated, several can lose track of
-    # one another, and a guest that hangs for that reason would be no verdict on its disk.
+    # Newer distributions refuse the default processor, an x86-64-v1. Only one: a guest
+    # that stands still for a reason of the emulation's, as several may give it, would be no verdict on its disk.
     return ["-accel", "tcg", "-cpu", "max", "-smp", "1"]
 
 
